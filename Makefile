@@ -1,0 +1,59 @@
+# Everything runs in .venv, which these targets make; nothing has to be installed before but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+# Text for the demo: empty means the sources of Python's standard library; else a file or folder of text.
+TEXT ?=
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types bench clean
+
+help:
+	@echo "make demo               train a small byte-level Mamba on real text, evaluate, generate, export (TEXT=path for your own)"
+	@echo "make test               the test suite, PyTorch parity included (TESTS='tests/ops -k ssd' for a part)"
+	@echo "make test-slow          what is too slow for every run"
+	@echo "make lint types         ruff and mypy"
+	@echo "make bench              speed beside PyTorch on this machine"
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Use: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,torch]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.run pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
+	@touch $@
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.lint
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.mamba_cpu
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,72 @@
+"""From a run folder or a checkpoint to a model and its parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssm_jax import optim
+from ssm_jax.checkpoint import manifest, store
+from ssm_jax.errors import CheckpointError
+from ssm_jax.models import LanguageModel, build, config_from_dict
+from ssm_jax.typing import Params, PyTree
+
+CHECKPOINTS, FROZEN = "checkpoints", "frozen"
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """True for a run folder with checkpoints and for a single checkpoint's folder."""
+    path = Path(path)
+    return (path / manifest.MANIFEST).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def load_model(
+    path: str | Path, step: int | None = None, *, shardings: PyTree | None = None, **config_overrides: Any
+) -> tuple[LanguageModel, Params]:
+    """The model and the parameters, as saved, of a run folder (its last good checkpoint, or ``step``) or of one checkpoint.
+
+    ``shardings``: one sharding, or a tree like the parameters; default one device. ``config_overrides`` change fields of the
+    model's config that leave the parameters as they are, such as ``dtype="bfloat16"``.
+
+    Raises:
+        CheckpointError: nothing there, or missing, incomplete or damaged files, by name.
+    """
+    folder = find_checkpoint(path, step)
+    info = store.read_info(folder)
+    model = build(config_from_dict(info["model"]), **config_overrides)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    placed = with_shardings(shapes, shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    trainable, frozen = optim.split(placed, info["freeze"], info["train"])
+    params = store.restore(folder, {"params": trainable})[0]["params"]
+    if frozen:
+        params = optim.merge(params, store.restore(folder.parent / FROZEN, {"params": frozen})[0]["params"])
+    return model, params
+
+
+def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
+    """The folder of one checkpoint, given that or a run folder.
+
+    Raises:
+        CheckpointError: no such checkpoint, with the steps that there are.
+    """
+    path = Path(path)
+    if (path / manifest.MANIFEST).is_file() and step is None:
+        return path
+    root = path / CHECKPOINTS
+    if step is not None and step not in store.steps(root):
+        there = ", ".join(map(str, store.steps(root))) or "none"
+        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has: {there}.")
+    folder = store.latest_good(root, set_aside=False) if step is None else store.folder_of(root, step)
+    if folder is None:
+        raise CheckpointError(f"{path} is neither a run folder with a checkpoint nor a checkpoint; check the path.")
+    return folder
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Abstract arrays with shardings: one for all leaves, or a tree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

@@ -1,0 +1,155 @@
+"""Checkpoints on disk: named pytrees through Orbax, a YAML note, and a manifest that is written last.
+
+``root/00000100/{arrays/<item>/..., info.yaml, MANIFEST.json}``. A save fills ``00000100.partial`` and renames it when complete, so a
+folder with a plain step name was finished once; whether it still is what was saved, the manifest tells.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from ssm_jax.checkpoint import manifest
+from ssm_jax.config import read_yaml
+from ssm_jax.errors import CheckpointError
+from ssm_jax.typing import PyTree
+
+_ARRAYS, _INFO, _PARTIAL, _DAMAGED = "arrays", "info.yaml", ".partial", ".damaged"
+
+
+def folder_of(root: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(root) / f"{step:08d}"
+
+
+def steps(root: str | Path) -> list[int]:
+    """Steps with a finished checkpoint, ascending. Nothing is read or verified."""
+    root = Path(root)
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit()) if root.is_dir() else []
+
+
+def save(
+    root: str | Path, step: int, items: Mapping[str, PyTree], info: Mapping[str, Any], keep: int | None = None
+) -> Path:
+    """Saves named pytrees and a plain mapping as the checkpoint of ``step``; returns its folder.
+
+    Then drops all but the last ``keep`` checkpoints (None keeps all) and what interrupted saves left behind.
+
+    Raises:
+        CheckpointError: the file system refused; the former checkpoints are untouched.
+    """
+    folder = folder_of(root, step)
+    write_folder(folder, items, info)
+    for old in steps(root)[:-keep] if keep else []:
+        if old != step:
+            shutil.rmtree(folder_of(root, old))
+    return folder
+
+
+def write_folder(folder: Path, items: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
+    """Writes one checkpoint folder, whatever its name; replaces an existing one only when the new one is complete."""
+    from orbax.checkpoint import v1 as ocp
+
+    partial = folder.with_name(folder.name + _PARTIAL)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        ocp.save_checkpointables((partial / _ARRAYS).absolute(), dict(items))
+        (partial / _INFO).write_text(yaml.safe_dump(dict(info), sort_keys=False), encoding="utf-8")
+        manifest.write(partial, {name: _describe(tree) for name, tree in items.items()})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"Checkpoint {folder} could not be written ({error.strerror or error}); earlier checkpoints are untouched."
+        ) from error
+
+
+def restore(folder: str | Path, abstract: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """(items, info) of one checkpoint. ``abstract`` gives shape, dtype and sharding of every leaf of the wanted items.
+
+    The shardings may differ from those at saving.
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged (the file is named), or arrays that do not fit ``abstract``.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = Path(folder)
+    content = manifest.verify(folder)
+    for name, tree in abstract.items():
+        _require_fit(folder, name, _describe(tree), content["arrays"].get(name, {}))
+    try:
+        items = ocp.load_checkpointables((folder / _ARRAYS).absolute(), dict(abstract))
+    except Exception as error:
+        raise CheckpointError(f"Checkpoint {folder} cannot be read ({str(error).splitlines()[0][:200]}).") from error
+    return items, read_yaml(folder / _INFO)
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """The YAML note of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or incomplete checkpoint.
+    """
+    folder = Path(folder)
+    manifest.read(folder)
+    if not (folder / _INFO).is_file():
+        raise CheckpointError(f"Checkpoint file {folder / _INFO} is missing; use another step.")
+    return read_yaml(folder / _INFO)
+
+
+def latest_good(root: str | Path, *, set_aside: bool) -> Path | None:
+    """The newest checkpoint that passes verification, or None if there is none at all.
+
+    Every damaged one on the way is reported on stderr and, with ``set_aside``, renamed to ``<step>.damaged``.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged.
+    """
+    found = steps(root)
+    for step in reversed(found):
+        folder = folder_of(root, step)
+        try:
+            manifest.verify(folder)
+            return folder
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            if set_aside:
+                aside = _free_name(folder)
+                os.replace(folder, aside)
+                print(f"warning: set it aside as {aside}; trying the checkpoint before it", file=sys.stderr)
+    if found:
+        raise CheckpointError(
+            f"All {len(found)} checkpoint(s) in {root} are damaged; restore one from a backup or start anew in another folder."
+        )
+    return None
+
+
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}{_DAMAGED}{suffix}") for suffix in ("", *map(str, range(2, 1000))))
+    return next(name for name in names if not name.exists())
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
+    }
+
+
+def _require_fit(folder: Path, item: str, wanted: Mapping[str, str], stored: Mapping[str, str]) -> None:
+    for name in sorted({*wanted, *stored}):
+        if wanted.get(name) != stored.get(name):
+            raise CheckpointError(
+                f"Checkpoint {folder} does not fit: {item}/{name} is {stored.get(name, 'absent')} there and "
+                f"{wanted.get(name, 'absent')} here; use the config that it was saved with."
+            )

@@ -1,0 +1,108 @@
+"""Reading prepared rows in batches: a batch is a pure function of the seed and the global row index.
+
+Row ``g`` of the endless stream is row ``shuffle(epoch, g mod rows)`` of the split, ``epoch = g // rows``. Batch ``b`` holds the
+rows ``b * batch_size + (0 ... batch_size - 1)``, and of P processes the p-th reads the p-th contiguous part of it. So starting
+at batch ``b`` gives what running on would give, and any number of processes sees the same batches.
+"""
+
+import bisect
+import itertools
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from ssm_jax.data.packing import Row, absent_row, decode_record, expand
+from ssm_jax.data.shards import PackedDataset
+from ssm_jax.errors import DataError
+
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+class PackedRows:
+    """Random access to a split's rows as arrays; safe to use from several threads."""
+
+    def __init__(self, dataset: PackedDataset):
+        self._dataset = dataset
+        self._shards = [(str(dataset.path / shard.file), shard.rows) for shard in dataset.split.shards]
+        self._ends = list(itertools.accumulate(rows for _, rows in self._shards))
+        # The range in brackets saves opening every shard up front.
+        self._records = grain.sources.ArrayRecordDataSource([f"{file}[0:{rows}]" for file, rows in self._shards])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        """Raises DataError naming the shard file and the record if it is damaged."""
+        manifest = self._dataset.manifest
+        try:
+            return expand(decode_record(self._records[index], index, manifest.token_dtype), manifest.seq_len)
+        except (DataError, RuntimeError, ValueError, IndexError, OSError) as error:
+            number = bisect.bisect_right(self._ends, index)
+            file, rows = self._shards[number]
+            record = index - (self._ends[number] - rows)
+            reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+            raise DataError(
+                f"Shard {file}, record {record}, is damaged ({reason}); restore it or prepare again."
+            ) from error
+
+
+def batches(
+    dataset: PackedDataset,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    start_index: int = 0,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Row]:
+    """Batches ``{tokens, targets, positions int32, weights float32}``, each [batch_size / process_count, seq_len].
+
+    Read ahead by threads, in fixed order.
+
+    Args:
+        batch_size: rows of the global batch, all processes together.
+        seed: of the shuffle, which differs from epoch to epoch.
+        start_index: index of the first global batch: the number of batches already used.
+        repeat: without end; else one pass, the last batch filled up with absent rows (position -1, weight 0).
+        process_index, process_count: which contiguous part of each global batch to read.
+
+    Raises:
+        DataError: a batch size that does not divide over the processes; while iterating, a damaged record.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(
+            f"Batch size {batch_size} does not divide over {process_count} processes; choose a multiple of it."
+        )
+    local_size = batch_size // process_count
+    stream = grain.MapDataset.source(PackedRows(dataset)).seed(seed)
+    if shuffle:
+        stream = stream.shuffle()
+    if repeat:
+        stream = stream.repeat()
+    absent = absent_row(dataset.seq_len)
+
+    def read(index: int) -> Row:
+        first = index * batch_size + process_index * local_size
+        rows = [stream[i] if i < len(stream) else absent for i in range(first, first + local_size)]
+        return {name: np.stack([row[name] for row in rows]) for name in absent}
+
+    stop = sys.maxsize // batch_size if repeat else -(-dataset.rows // batch_size)
+    return iter(grain.MapDataset.range(min(start_index, stop), stop).map(read).to_iter_dataset(_READ))
+
+
+def evaluation_batches(
+    dataset: PackedDataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Row]:
+    """One pass in stored order; the last batch is filled up with absent rows. See ``batches``."""
+    return batches(
+        dataset,
+        batch_size=batch_size,
+        shuffle=False,
+        repeat=False,
+        process_index=process_index,
+        process_count=process_count,
+    )

@@ -1,0 +1,50 @@
+"""The table of layouts. A new format is a new file with a ``Layout`` per family, and its rows here.
+
+The first row of a family that can be written is its most native one: what ``save_pretrained(layout=None)`` writes.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ssm_jax.config import suggest
+from ssm_jax.errors import LayoutError
+from ssm_jax.interop.folder import read_json
+from ssm_jax.interop.layouts import mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts.layout import Layout
+
+LAYOUTS: tuple[Layout, ...] = (
+    transformers.MAMBA,
+    transformers.MAMBA2,
+    mamba_ssm.MAMBA,
+    mamba_ssm.MAMBA2,
+    mistral.MAMBA2,
+)
+
+
+def detect(folder: Path, names: Collection[str]) -> tuple[Layout, dict[str, Any]]:
+    """The row that recognises a folder, and the content of its config file. Raises LayoutError when none does."""
+    files = [name for name in dict.fromkeys(row.config_file for row in LAYOUTS) if (folder / name).is_file()]
+    contents = {name: read_json(folder / name) for name in files}
+    for row in LAYOUTS:
+        if row.config_file in contents and row.detect(contents[row.config_file], names):
+            return row, contents[row.config_file]
+    if not files:
+        raise LayoutError(f"Folder {folder} has no config.json; it is needed beside the weights.")
+    content = contents[files[0]]
+    marks = {key: content[key] for key in ("model_type", "architectures", "ssm_cfg") if key in content}
+    known = ", ".join(sorted({f"{row.family} in the layout {row.name!r}" for row in LAYOUTS}))
+    raise LayoutError(f"{folder / files[0]} describes no known model ({marks or 'no model_type'}); ssm_jax reads {known}.")
+
+
+def writable(family: str, name: str | None) -> Layout:
+    """The row to write a family with: the named one, or the most native one. Raises LayoutError when there is none."""
+    rows = {row.name: row for row in LAYOUTS if row.family == family and row.write_config}
+    if name is None and rows:
+        return next(iter(rows.values()))
+    if name not in rows:
+        raise LayoutError(f"Layout {name!r} cannot hold a {family} model; {suggest(str(name), list(rows))}")
+    return rows[name]
+
+
+__all__ = ["LAYOUTS", "Layout", "detect", "writable"]

@@ -1,0 +1,51 @@
+"""What a row of the table of layouts says."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ssm_jax.interop.tensor_map import TensorMap
+
+Json = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One public format of one family: how to recognise, read and write it.
+
+    name: what ``save_pretrained(layout=...)`` calls it. family: a key of ``models.FAMILIES``.
+    detect: (config JSON, tensor names) -> whether a folder is in this layout; from files alone.
+    read_config: config JSON -> fields of our config; supplies the format's defaults for what is missing and raises
+        LayoutError for what our model would compute differently.
+    write_config: (our config, special token ids) -> config JSON with every field explicit; raises LayoutError for what the
+        format cannot say. None: the layout is only read.
+    tensors: published names and how they are made of our leaves.
+    aliases: other spellings of published names, old -> the one in ``tensors``.
+    embedding, head: published names of the token table and the head, for the rules of tied heads.
+    differing_head: a folder that says tied and stores two different matrices is loaded untied, or refused, as the
+        original does.
+    stores_tied_head: whether a tied head is listed a second time.
+    weights: kind of the weight file that the original reads.
+    load_in_torch: code that loads an exported folder, with ``{path}``.
+    torch_logits: (folder, tokens) -> float32 logits of PyTorch on an exported folder; raises LayoutError when PyTorch
+        reports missing or unexpected tensors. None when the original cannot run on a CPU.
+    """
+
+    name: str
+    family: str
+    detect: Callable[[Json, Collection[str]], bool]
+    read_config: Callable[[Json], dict[str, Any]]
+    write_config: Callable[[Any, Json], dict[str, Any]] | None
+    tensors: TensorMap
+    aliases: Mapping[str, str]
+    embedding: str
+    head: str
+    differing_head: Literal["untie", "refuse"]
+    stores_tied_head: bool
+    weights: Literal["safetensors", "torch"]
+    load_in_torch: str
+    config_file: str = "config.json"
+    torch_logits: Callable[[Path, np.ndarray], np.ndarray] | None = None

@@ -1,0 +1,214 @@
+"""Hugging Face ``transformers`` folders: MambaForCausalLM and Mamba2ForCausalLM.
+
+Defaults for missing fields are those of the classes MambaConfig and Mamba2Config (the latter describe a 7B model).
+"""
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssm_jax.errors import LayoutError
+from ssm_jax.interop.layouts.fields import boolean, expect, integer, limits, number, text
+from ssm_jax.interop.layouts.layout import Json, Layout
+from ssm_jax.interop.layouts.mamba_names import HEAD, has_mamba2_names, has_mamba_names, mamba2_tensors, mamba_tensors
+from ssm_jax.models import Mamba2Config, MambaConfig
+
+EMBEDDING = "backbone.embeddings.weight"
+_ALIASES = {"backbone.embedding.weight": EMBEDDING}
+_LOAD = (
+    'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")'
+)
+
+
+def _detect_mamba(config: Json, names: Collection[str]) -> bool:
+    return _model_type(config) == "mamba" or (_unnamed(config) and has_mamba_names(names))
+
+
+def _detect_mamba2(config: Json, names: Collection[str]) -> bool:
+    return _model_type(config) == "mamba2" or (_unnamed(config) and has_mamba2_names(names))
+
+
+def _model_type(config: Json) -> Any:
+    classes = {"MambaForCausalLM": "mamba", "Mamba2ForCausalLM": "mamba2"}
+    architectures = config.get("architectures") or [None]
+    return config.get("model_type") or classes.get(architectures[0])
+
+
+def _unnamed(config: Json) -> bool:
+    return _model_type(config) is None and "hidden_size" in config
+
+
+def _read_shared(config: Json, vocab_size: int, hidden_size: int, layers: int) -> dict[str, Any]:
+    expect(config, "hidden_act", "silu", "swish")
+    expect(config, "rms_norm", True)
+    return {
+        # The file states rows; what they were padded from is not known.
+        "vocab_size": integer(config, "vocab_size", vocab_size),
+        "pad_vocab_size_multiple": 1,
+        "d_model": integer(config, "hidden_size", hidden_size),
+        "n_layers": integer(config, "num_hidden_layers", layers),
+        "d_conv": integer(config, "conv_kernel", 4),
+        "expand": integer(config, "expand", 2),
+        "bias": boolean(config, "use_bias", False),
+        "conv_bias": boolean(config, "use_conv_bias", True),
+        "norm_eps": number(config, "layer_norm_epsilon", 1e-5),
+        "residual_in_fp32": boolean(config, "residual_in_fp32", True),
+        "dt_min": number(config, "time_step_min", 1e-3),
+        "dt_max": number(config, "time_step_max", 0.1),
+        "dt_init_floor": number(config, "time_step_floor", 1e-4),
+    }
+
+
+def _read_mamba(config: Json) -> dict[str, Any]:
+    fields = _read_shared(config, 50280, 768, 32)
+    inner = fields["expand"] * fields["d_model"]
+    if integer(config, "intermediate_size", inner) != inner:
+        raise LayoutError(f"'intermediate_size' is {config['intermediate_size']}; expand * hidden_size is {inner}.")
+    rank = config.get("time_step_rank", "auto")
+    return fields | {
+        "d_state": integer(config, "state_size", 16),
+        "dt_rank": rank if rank == "auto" else integer(config, "time_step_rank"),
+        "tie_embeddings": boolean(config, "tie_word_embeddings", True),
+        "dt_init": text(config, "time_step_init_scheme", "random"),
+        "dt_scale": number(config, "time_step_scale", 1.0),
+    }
+
+
+def _read_mamba2(config: Json) -> dict[str, Any]:
+    fields = _read_shared(config, 32768, 4096, 64)
+    heads, width = integer(config, "num_heads", 128), integer(config, "head_dim", 64)
+    if heads * width != fields["expand"] * fields["d_model"]:
+        raise LayoutError(
+            f"'num_heads' x 'head_dim' is {heads} x {width}; the product must be expand * hidden_size = "
+            f"{fields['expand'] * fields['d_model']}."
+        )
+    return fields | {
+        "d_state": integer(config, "state_size", 128),
+        "headdim": width,
+        "ngroups": integer(config, "n_groups", 8),
+        "tie_embeddings": boolean(config, "tie_word_embeddings", False),
+        "dt_limit": limits(config, "time_step_limit"),
+    }
+
+
+def _write_shared(model_type: str, architecture: str, config: MambaConfig | Mamba2Config) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.d_model,
+        "state_size": config.d_state,
+        "num_hidden_layers": config.n_layers,
+        "expand": config.expand,
+        "conv_kernel": config.d_conv,
+        "use_bias": config.bias,
+        "use_conv_bias": config.conv_bias,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": config.residual_in_fp32,
+        "tie_word_embeddings": config.tie_embeddings,
+        "time_step_min": config.dt_min,
+        "time_step_max": config.dt_max,
+        "time_step_floor": config.dt_init_floor,
+        "initializer_range": 0.1,
+        "rescale_prenorm_residual": True,
+        "use_cache": True,
+    }
+
+
+def _write_mamba(config: MambaConfig, special: Json) -> dict[str, Any]:
+    return {
+        **_write_shared("mamba", "MambaForCausalLM", config),
+        "intermediate_size": config.d_inner,
+        "time_step_rank": config.dt_rank_resolved,
+        "time_step_init_scheme": config.dt_init,
+        "time_step_scale": config.dt_scale,
+        **special,
+    }
+
+
+def _write_mamba2(config: Mamba2Config, special: Json) -> dict[str, Any]:
+    content = {
+        **_write_shared("mamba2", "Mamba2ForCausalLM", config),
+        "num_heads": config.heads,
+        "head_dim": config.headdim,
+        "n_groups": config.ngroups,
+        "chunk_size": config.chunk_size or 256,
+        **special,
+    }
+    low, high = config.dt_limit
+    if (low, high) != (0.0, math.inf):  # absent means (0, inf): strict JSON that every release reads
+        content["time_step_limit"] = [low, {"__float__": "Infinity"} if high == math.inf else high]
+    return content
+
+
+def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Float32 logits of the class that ``AutoModelForCausalLM`` picks for the folder.
+
+    Raises:
+        LayoutError: tensors that transformers misses, does not expect, or finds in another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise LayoutError(f"transformers does not load {folder} as it is: {wrong}; please report this.")
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and advice about kernels, off."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+MAMBA = Layout(
+    name="transformers",
+    family="mamba",
+    detect=_detect_mamba,
+    read_config=_read_mamba,
+    write_config=_write_mamba,
+    tensors=mamba_tensors(EMBEDDING),
+    aliases=_ALIASES,
+    embedding=EMBEDDING,
+    head=HEAD,
+    differing_head="untie",
+    stores_tied_head=False,
+    weights="safetensors",
+    load_in_torch=_LOAD,
+    torch_logits=torch_logits,
+)
+MAMBA2 = Layout(
+    name="transformers",
+    family="mamba2",
+    detect=_detect_mamba2,
+    read_config=_read_mamba2,
+    write_config=_write_mamba2,
+    tensors=mamba2_tensors(EMBEDDING),
+    aliases=_ALIASES,
+    embedding=EMBEDDING,
+    head=HEAD,
+    differing_head="untie",
+    stores_tied_head=False,
+    weights="safetensors",
+    load_in_torch=_LOAD,
+    torch_logits=torch_logits,
+)

@@ -1,0 +1,21 @@
+"""Language models: ``build``, the families and the published sizes."""
+
+from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
+from ssm_jax.models.lm import LanguageModel
+from ssm_jax.models.mamba import MambaConfig
+from ssm_jax.models.mamba2 import Mamba2Config
+from ssm_jax.models.registry import FAMILIES, PRESETS, config_from_dict, config_to_dict
+
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "LanguageModel",
+    "Mamba2Config",
+    "MambaConfig",
+    "build",
+    "config_from_dict",
+    "config_to_dict",
+    "count_parameters",
+    "flops_per_token",
+    "to_nnx",
+]

@@ -1,0 +1,15 @@
+"""What every family's config shares."""
+
+from typing import Any
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def require(config: Any, *names: str) -> None:
+    """Raises ValueError unless each named field is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")

@@ -1,0 +1,126 @@
+"""The language-model shell: embed, stack, final norm, head. Families differ only in the layer they stack."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from ssm_jax.models import registry
+from ssm_jax.nn import initializers
+from ssm_jax.nn import positions as positions_lib
+from ssm_jax.nn.block import scan_layers
+from ssm_jax.nn.state import LMState, stack_layers
+from ssm_jax.typing import Activations, Logits, Params, Positions, Tokens
+
+_float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+class LanguageModel(nn.Module):
+    """``logits, state = model.apply(variables, tokens, state=state, positions=positions)`` for every family.
+
+    The same call is training, prefill, chunked prefill, truncated back-propagation, endless evaluation and one-token
+    decoding: the state that comes out goes on exactly where the tokens stopped.
+
+    Attributes:
+        config: the family's frozen dataclass.
+        unroll: layers per iteration of the layer scan; a speed knob.
+    """
+
+    config: Any
+    unroll: int = 1
+
+    def setup(self) -> None:
+        config = self.config
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+        self.embed = nn.Embed(
+            config.padded_vocab_size,
+            config.d_model,
+            dtype=jnp.float32 if config.residual_in_fp32 else dtype,
+            param_dtype=param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+        self.layers = registry.family_of(config).layer(config)
+        self.norm_f = nn.RMSNorm(config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        if not config.tie_embeddings:
+            self.head = nn.Dense(
+                config.padded_vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=initializers.torch_linear,
+                dot_general=_float32_dot,
+            )
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: LMState | None = None,
+        positions: Positions | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        deterministic: bool = True,
+    ) -> tuple[Logits | None, LMState]:
+        """Next-token logits and the state after the last present token.
+
+        Args:
+            tokens: int32 [B, L].
+            state: what a former call returned, or None for a fresh start.
+            positions: int32 [B, L]; 0 starts a document (nothing before it has any influence), -1 marks an absent
+                token (a suffix of its row). None continues from the state.
+            logits: "all" gives float32 [B, L, V]; "last" those of each row's last present token, [B, 1, V]; "none" gives
+                None.
+            deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
+        """
+        features_BLD, state = self.features(tokens, state, positions, deterministic)
+        if logits == "none":
+            return None, state
+        if logits == "last":
+            features_BLD = positions_lib.last_present(features_BLD, positions)
+        return self._logits(features_BLD), state
+
+    def features(
+        self,
+        tokens: Tokens,
+        state: LMState | None = None,
+        positions: Positions | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Activations, LMState]:
+        """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
+        batch, length = tokens.shape
+        h_BLD, layer_states = scan_layers(
+            self.layers,
+            self.embed(tokens),
+            state.layers if state else None,
+            positions,
+            deterministic,
+            n_layers=self.config.n_layers,
+            remat=self.config.remat,
+            unroll=self.unroll,
+        )
+        start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
+        position_B = positions_lib.next_positions(start_B, length, positions)
+        features_BLD = self.norm_f(h_BLD)
+        if self.is_initializing() and not self.config.tie_embeddings:
+            self.head(features_BLD[:, :1])
+        return features_BLD, LMState(layers=layer_states, position=position_B)
+
+    def _logits(self, features_BLD: Activations) -> Logits:
+        if not self.config.tie_embeddings:
+            return self.head(features_BLD)
+        embedding_VD = self.embed.embedding.astype(features_BLD.dtype)
+        return jnp.einsum("bld,vd->blv", features_BLD, embedding_VD, preferred_element_type=jnp.float32)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> LMState:
+        """The state before any token: zeros, of a size that does not depend on how much will be read."""
+        layer = registry.family_of(self.config).layer(self.config).init_state(batch_size)
+        return LMState(layers=stack_layers(layer, self.config.n_layers), position=jnp.zeros((batch_size,), jnp.int32))
+
+    @nn.nowrap
+    def readout(self, params: Params) -> Float[Array, "D V"]:
+        """The matrix W of ``logits = features @ W``, in the parameters' dtype."""
+        if self.config.tie_embeddings:
+            return params["embed"]["embedding"].T
+        return params["head"]["kernel"]

@@ -1,0 +1,77 @@
+"""Families and published sizes, by name."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from ssm_jax import config as config_lib
+from ssm_jax.errors import ConfigError
+from ssm_jax.models import mamba, mamba2
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the shell needs of a family.
+
+    config: its frozen dataclass. layer: the unit that is stacked and scanned. presets: name -> config fields.
+    flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
+    """
+
+    config: type
+    layer: Callable[[Any], nn.Module]
+    presets: Mapping[str, Mapping[str, Any]]
+    flops_per_token: Callable[[Any, int], float]
+
+
+FAMILIES: dict[str, Family] = {
+    "mamba": Family(mamba.MambaConfig, mamba.layer, mamba.PRESETS, mamba.flops_per_token),
+    "mamba2": Family(mamba2.Mamba2Config, mamba2.layer, mamba2.PRESETS, mamba2.flops_per_token),
+}
+
+PRESETS: dict[str, str] = {name: family for family, entry in FAMILIES.items() for name in entry.presets}
+"""Published size -> family."""
+
+
+def family_name(config: Any) -> str:
+    """The name of the family that a config object belongs to."""
+    for name, family in FAMILIES.items():
+        if type(config) is family.config:
+            return name
+    raise ConfigError(f"{type(config).__name__} is not the config of a family; the families are {', '.join(FAMILIES)}.")
+
+
+def family_of(config: Any) -> Family:
+    """The family that a config object belongs to."""
+    return FAMILIES[family_name(config)]
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    """The config of a family ("mamba") or of a published size ("mamba-130m"), with fields set or overridden."""
+    if name in PRESETS:
+        family = FAMILIES[PRESETS[name]]
+        fields = {**family.presets[name], **fields}
+    elif name in FAMILIES:
+        family = FAMILIES[name]
+    else:
+        raise ConfigError(f"Model {name!r} is unknown; {config_lib.suggest(name, [*FAMILIES, *PRESETS])}")
+    return config_lib.from_dict(family.config, fields, "model.")
+
+
+def config_from_dict(content: Mapping[str, Any]) -> Any:
+    """A model config from a mapping with the key ``family`` or ``preset`` and any of the config's fields."""
+    fields = dict(content)
+    preset, family = fields.pop("preset", None), fields.pop("family", None)
+    if preset is None and family is None:
+        raise ConfigError(f"Config key 'model.family' is required; one of {', '.join(FAMILIES)} (or model.preset).")
+    if preset is not None and family is not None and PRESETS.get(preset, family) != family:
+        raise ConfigError(
+            f"Config key 'model.preset' is {preset!r}, which is not of model.family {family!r}; drop one."
+        )
+    return make_config(str(preset or family), **fields)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of ``config_from_dict``: every field, and ``family``."""
+    return {"family": family_name(config), **config_lib.to_dict(config)}

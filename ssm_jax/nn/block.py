@@ -1,0 +1,67 @@
+"""The pre-norm residual block, and the scan over a stack of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ssm_jax.typing import Activations, Positions, PyTree
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a rematerialised layer keeps from its forward pass: nothing, or the results of its weight products."""
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)). The stream keeps its own dtype; norm and mixer compute in theirs."""
+
+    norm: nn.Module
+    mixer: nn.Module
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> PyTree:
+        """Zeros: the mixer's state before any token."""
+        return self.mixer.init_state(batch_size)
+
+    def __call__(
+        self, h_BLD: Activations, state: PyTree, positions: Positions | None, deterministic: bool = True
+    ) -> tuple[Activations, PyTree]:
+        out_BLD, state = self.mixer(self.norm(h_BLD), state, positions)
+        return h_BLD + out_BLD.astype(h_BLD.dtype), state
+
+
+def scan_layers(
+    layer: nn.Module,
+    h_BLD: Activations,
+    state: PyTree,
+    positions: Positions | None,
+    deterministic: bool,
+    *,
+    n_layers: int,
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[Activations, PyTree]:
+    """Applies ``n_layers`` copies of ``layer`` one after another; parameters and states are stacked on axis 0.
+
+    ``state`` is a stacked state or None. ``remat`` is "none" or a key of REMAT_POLICIES. ``unroll`` trades program size
+    for speed and changes nothing else.
+    """
+
+    def body(module: nn.Module, h: jnp.ndarray, layer_state: PyTree) -> tuple[jnp.ndarray, PyTree]:
+        return module(h, layer_state, positions, deterministic)
+
+    if remat != "none":
+        body = nn.remat(body, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    scan = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=0,
+        out_axes=0,
+        length=n_layers,
+        unroll=unroll,
+    )
+    return scan(layer, h_BLD, state)

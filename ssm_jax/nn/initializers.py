@@ -1,0 +1,60 @@
+"""Initialisers that the published recipes use and Flax does not name."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Initializer
+from jaxtyping import Array, Float
+
+from ssm_jax.typing import Key
+
+torch_linear: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+"""Uniform(+-1/sqrt(fan_in)), the default of ``torch.nn.Linear``."""
+
+
+def scaled_torch_linear(scale: float) -> Initializer:
+    """``torch_linear`` times ``scale``; output projections use 1/sqrt(residual branches)."""
+    return nn.initializers.variance_scaling(scale * scale / 3.0, "fan_in", "uniform")
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform(-bound, bound)."""
+
+    def init(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def constant_or_uniform(bound: float, kind: str) -> Initializer:
+    """Mamba's ``dt_init``: Uniform(-bound, bound) for "random", the bound itself for "constant"."""
+    return uniform(bound) if kind == "random" else nn.initializers.constant(bound)
+
+
+def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initializer:
+    """softplus^-1 of step sizes drawn log-uniformly in [low, high] clamped below at ``floor`` (Mamba, section 3.6)."""
+
+    def init(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        log_dt = jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high))
+        dt = jnp.maximum(jnp.exp(log_dt), floor)
+        return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+    return init
+
+
+def s4d_real(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "E N"]:
+    """log(1..N) for every channel: A = -(1..N), the S4D-real initialisation of Mamba-1."""
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape).astype(dtype)
+
+
+def log_uniform_of(low: float, high: float) -> Initializer:
+    """log(a), a ~ Uniform(low, high): Mamba-2's A_log."""
+
+    def init(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high)).astype(dtype)
+
+    return init

@@ -1,0 +1,6 @@
+"""Sequence mixers: Flax modules ``(x_BLD, state, positions) -> (y_BLD, state)``."""
+
+from ssm_jax.nn.mixers.mamba import Mamba
+from ssm_jax.nn.mixers.mamba2 import Mamba2
+
+__all__ = ["Mamba", "Mamba2"]

@@ -1,0 +1,98 @@
+"""Recurrent state: explicit pytrees whose every leaf has known logical axes.
+
+A mixer state is a frozen dataclass with a class attribute ``AXES`` that names the axes of each field. A field may hold
+another state; its axes are then prefixed. States carry no context: their size does not depend on how much was read.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from ssm_jax.typing import PyTree
+
+S = TypeVar("S")
+Axes = tuple[str, ...]
+
+
+@struct.dataclass
+class MambaState:
+    """State of a Mamba-1 layer, float32.
+
+    conv: the last K-1 inputs of the convolution, oldest first, [B, K-1, E].
+    ssm: h, [B, N, E], channels on the fast axis.
+    """
+
+    conv: Any
+    ssm: Any
+    AXES: ClassVar[dict[str, Axes]] = {"conv": ("batch", "window", "inner"), "ssm": ("batch", "state", "inner")}
+
+
+@struct.dataclass
+class Mamba2State:
+    """State of a Mamba-2 layer, float32.
+
+    conv_x, conv_B, conv_C: the last K-1 inputs of the convolutions, oldest first, [B, K-1, E] and [B, K-1, G*N].
+    ssm: key x value memory, [B, H, N, P].
+    """
+
+    conv_x: Any
+    conv_B: Any
+    conv_C: Any
+    ssm: Any
+    AXES: ClassVar[dict[str, Axes]] = {
+        "conv_x": ("batch", "window", "inner"),
+        "conv_B": ("batch", "window", "group_state"),
+        "conv_C": ("batch", "window", "group_state"),
+        "ssm": ("batch", "heads", "state", "head_dim"),
+    }
+
+
+@struct.dataclass
+class LMState:
+    """State of a language model.
+
+    layers: the mixer states, stacked: every leaf has a leading layer axis.
+    position: number of tokens read of the current document, int32 [B].
+    """
+
+    layers: Any
+    position: Any
+    AXES: ClassVar[dict[str, Axes]] = {"layers": ("layers",), "position": ("batch",)}
+
+
+def logical_axes(state: S) -> S:
+    """The state with every leaf replaced by the tuple of its logical axis names."""
+
+    def walk(node: Any, prefix: Axes) -> Any:
+        if hasattr(node, "AXES"):
+            return type(node)(**{name: walk(getattr(node, name), prefix + axes) for name, axes in node.AXES.items()})
+        if isinstance(node, dict):
+            return {key: walk(item, prefix) for key, item in node.items()}
+        if isinstance(node, (tuple, list)):
+            return type(node)(walk(item, prefix) for item in node)
+        return prefix
+
+    return walk(state, ())
+
+
+def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
+    """Picks, repeats, reorders or drops batch lanes: lane ``i`` of the result is lane ``lanes[i]`` of ``state``."""
+    index = jnp.asarray(lanes, dtype=jnp.int32)
+
+    def take(axes: Axes, leaf: Array) -> Array:
+        return jnp.take(leaf, index, axis=axes.index("batch"))
+
+    return jax.tree.map(take, logical_axes(state), state, is_leaf=lambda node: _is_axes(node))
+
+
+def stack_layers(state: PyTree, n_layers: int) -> PyTree:
+    """Repeats a single layer's state along a new leading layer axis."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n_layers, *leaf.shape)), state)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)

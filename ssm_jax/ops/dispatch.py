@@ -1,0 +1,92 @@
+"""Which implementation of an op runs, and why.
+
+Every op has ``reference`` (a sequential oracle) and ``xla`` (works everywhere). Kernel files may register ``pallas``
+(TPU) and ``triton`` (GPU) under the same op name; deleting such a file changes nothing for the callers.
+
+``implementation=None`` decides per platform *at lowering time* (``jax.lax.platform_dependent``), so that compiling on a
+CPU host for an accelerator picks the accelerator's kernel. A name forces one, or raises with the reason.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ssm_jax.errors import ImplementationError
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "tpu": ("pallas", "xla"),
+    "cuda": ("triton", "xla"),
+    "rocm": ("xla",),
+    "cpu": ("xla",),
+}
+
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+_unavailable: dict[str, dict[str, str]] = {}
+
+
+def register(op: str, name: str, function: Callable[..., Any]) -> None:
+    """Makes ``function`` the implementation ``name`` of ``op``. All implementations of an op share one signature."""
+    _implementations.setdefault(op, {})[name] = function
+
+
+def register_unavailable(op: str, name: str, reason: str) -> None:
+    """Records why an implementation cannot be imported here, for the error that asks for it by name."""
+    _unavailable.setdefault(op, {})[name] = reason
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Names of the implementations of ``op`` that can be asked for here."""
+    return tuple(_implementations.get(op, {}))
+
+
+def choice(op: str, platform: str) -> str:
+    """The name that ``implementation=None`` means when ``op`` is lowered for ``platform``."""
+    available = _implementations[op]
+    return next(name for name in PREFERENCE.get(platform, ("xla",)) if name in available)
+
+
+def lookup(op: str, name: str) -> Callable[..., Any]:
+    """The implementation ``name`` of ``op``; raises ImplementationError with the reason if it is not there."""
+    available = _implementations[op]
+    if name in available:
+        return available[name]
+    reason = _unavailable.get(op, {}).get(name, "no such implementation")
+    raise ImplementationError(
+        f"{op}: implementation {name!r} cannot run here ({reason}); use one of {sorted(available)} or None."
+    )
+
+
+def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> Any:
+    """Runs ``op`` on array arguments (pytrees) with static keyword arguments, by name or by the lowering platform."""
+    if implementation is not None:
+        return lookup(op, implementation)(*arrays, **static)
+    chosen = {platform: choice(op, platform) for platform in PREFERENCE}
+    if set(chosen.values()) == {"xla"}:
+        return _implementations[op]["xla"](*arrays, **static)
+
+    def branch(name: str) -> Callable[..., Any]:
+        return lambda *args: _implementations[op][name](*args, **static)
+
+    per_platform = {platform: branch(name) for platform, name in chosen.items() if name != "xla"}
+    return jax.lax.platform_dependent(*arrays, default=branch("xla"), **per_platform)
+
+
+def explain(op: str, platform: str | None = None) -> str:
+    """One line per platform: what ``implementation=None`` runs for ``op`` there, and why not something faster.
+
+    Raises:
+        ImplementationError: no op has that name.
+    """
+    if op not in _implementations:
+        raise ImplementationError(f"No op is named {op!r}; the ops are {sorted(_implementations)}.")
+    lines = []
+    for target in (platform,) if platform else PREFERENCE:
+        name = choice(op, target)
+        passed_over = [
+            f"{other}: {_unavailable.get(op, {}).get(other, 'not written for this op')}"
+            for other in PREFERENCE.get(target, ("xla",))
+            if other not in _implementations[op]
+        ]
+        lines.append(f"{op} on {target}: {name}" + (f" ({'; '.join(passed_over)})" if passed_over else ""))
+    return "\n".join(lines)

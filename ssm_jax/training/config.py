@@ -1,0 +1,150 @@
+"""The configuration of a training run, and the checks that need nothing but it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ssm_jax.config import apply_overrides, from_dict, read_yaml
+from ssm_jax.errors import ConfigError
+from ssm_jax.optim import OptimConfig
+from ssm_jax.sharding import MeshConfig
+
+Every = int | float
+"""A number of steps, or (below 1) a part of the whole run; 0 is never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Prepared data (``python -m train.prepare_data``).
+
+    path: its folder. seq_len: the rows' length, if you want it checked. seed: of the order in which rows are read.
+    """
+
+    path: str
+    seq_len: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """size: rows per update, over all devices and processes. microbatches: parts that are worked on one after another."""
+
+    size: int
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.microbatches < 1:
+            raise ValueError("size and microbatches must be at least 1")
+        if self.size % self.microbatches:
+            raise ValueError(f"size {self.size} does not divide into {self.microbatches} microbatches; change one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train.
+
+    steps: updates; the schedule ends there. time_budget_s: instead, as many updates as fit into so many seconds, measured once
+    before the first update. max_seconds: stop this session after so long, whatever is left; the same command goes on later.
+    accept_changes: resume although model, data, optimizer, batch or seed differ from the saved run.
+    """
+
+    steps: int | None = None
+    time_budget_s: float | None = None
+    max_seconds: float | None = None
+    accept_changes: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.time_budget_s is None):
+            raise ValueError("exactly one of steps and time_budget_s must be set")
+        for name in ("steps", "time_budget_s", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Loss on the validation split. every: see Every; always at the end too. batches: at most so many, null for all."""
+
+    every: Every = 0.1
+    batches: int | None = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text written by the model now and then. every: see Every; prompts: one sample each; none without prompts."""
+
+    every: Every = 0.1
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every: see Every; always at the end too. keep: how many of the last ones stay, null for all."""
+
+    every: Every = 0.25
+    keep: int | None = 2
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise ValueError("keep must be at least 1, or null to keep all")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """every: steps between lines of metrics.jsonl and TensorBoard. tensorboard: write events."""
+
+    every: int = 1
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError("every must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run. ``model``, ``data``, ``optim``, ``batch``, ``seed`` and the length are its identity; the rest may change.
+
+    model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. Without
+    ``vocab_size`` it is the tokenizer's.
+    """
+
+    output: str
+    model: dict[str, Any]
+    data: DataConfig
+    batch: BatchConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    seed: int = 0
+
+
+def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
+    """The config in a YAML file with ``key.sub=value`` overrides applied, every key and type checked.
+
+    Raises:
+        ConfigError: see ``ssm_jax.config.from_dict``.
+    """
+    content = apply_overrides(read_yaml(path) if path is not None else {}, overrides)
+    model = content.get("model")
+    if isinstance(model, dict) and "base" in model:
+        base = model["base"]
+        if not isinstance(base, str):
+            raise ConfigError(f"Config key 'model.base' is {base!r}; it must be the path of a YAML file.")
+        rest = {key: value for key, value in model.items() if key != "base"}
+        content["model"] = {**read_yaml(base), **rest}
+    return from_dict(RunConfig, content)
+
+
+def interval(every: Every, total_steps: int) -> int:
+    """``every`` in steps; 0 is never."""
+    return max(1, round(every * total_steps)) if 0 < every < 1 else int(every)

@@ -1,0 +1,63 @@
+"""What a training run carries from step to step, and how it comes into being on a mesh."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from ssm_jax import optim, sharding
+from ssm_jax.models import LanguageModel
+from ssm_jax.typing import Key, Params, PyTree
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that an update changes, and so everything that a checkpoint must hold.
+
+    params: the trained leaves. opt_state: their moments. step: updates done. total_steps: where the schedule ends; traced, so that
+    a run whose length is measured compiles once. key: what dropout folds the step into. carry: recurrent state carried across
+    batches, None where rows start fresh.
+    """
+
+    params: Params
+    opt_state: PyTree
+    step: Int[Array, ""]
+    total_steps: Int[Array, ""]
+    key: Key
+    carry: Any = None
+
+
+def create(
+    key: Key, total_steps: Int[Array, ""], *, model: LanguageModel, config: optim.OptimConfig
+) -> tuple[TrainState, Params]:
+    """(state, frozen) before the first update. Pure: the same key gives the same values on every mesh."""
+    init_key, train_key = jax.random.split(key)
+    params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    trainable, frozen = optim.split(params, config.freeze, config.train)
+    opt_state = optim.make_optimizer(config).init(trainable)
+    return TrainState(trainable, opt_state, jnp.int32(0), jnp.int32(total_steps), train_key), frozen
+
+
+def abstract(model: LanguageModel, config: optim.OptimConfig, mesh: Mesh) -> tuple[TrainState, Params]:
+    """Shapes, dtypes and shardings of what ``create`` returns; nothing is allocated.
+
+    Raises:
+        ShardingError: a parameter that does not divide over the mesh. ConfigError: a freeze pattern that matches nothing.
+    """
+    build = functools.partial(create, model=model, config=config)
+    shapes = jax.eval_shape(build, jax.random.key(0), jnp.int32(0))
+    placed = sharding.shardings(shapes, mesh)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
+
+
+def initialize(
+    model: LanguageModel, config: optim.OptimConfig, mesh: Mesh, seed: int, total_steps: int
+) -> tuple[TrainState, Params]:
+    """(state, frozen) on the mesh: every device makes its own part."""
+    build = functools.partial(create, model=model, config=config)
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract(model, config, mesh))
+    return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps))

@@ -1,0 +1,29 @@
+"""Comparisons that name the leaf and the size of the difference."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def assert_close(got: Any, expected: Any, atol: float) -> None:
+    """Largest absolute difference at most ``atol``; shapes equal; nothing non-finite."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
+    assert np.isfinite(expected).all(), "the expected value is not finite"
+    difference = float(np.max(np.abs(got - expected), initial=0.0))
+    assert difference <= atol, f"differs by {difference:.3g}, allowed {atol:.3g}"
+
+
+def assert_trees_close(got: Any, expected: Any, atol: float, *, relative: bool = False) -> None:
+    """Same structure, dtypes and, leaf by leaf, ``assert_close``; ``relative`` scales by the leaf's largest entry."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, expected_leaf), got_leaf in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        assert got_leaf.dtype == expected_leaf.dtype, jax.tree_util.keystr(path)
+        scale = (
+            max(float(np.max(np.abs(np.asarray(expected_leaf, np.float64)), initial=0.0)), 1e-30) if relative else 1.0
+        )
+        try:
+            assert_close(got_leaf, expected_leaf, atol * scale)
+        except AssertionError as error:
+            raise AssertionError(f"{jax.tree_util.keystr(path)}: {error}") from None
