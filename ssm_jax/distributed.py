@@ -34,12 +34,19 @@ def initialize(
 def cluster_launch(environment: Mapping[str, str]) -> bool:
     """True if a launcher that JAX can ask for the coordinator started more than one process."""
     counts = (environment.get("SLURM_NTASKS", "1"), environment.get("OMPI_COMM_WORLD_SIZE", "1"))
-    return any(count.isdigit() and int(count) > 1 for count in counts) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    return any(count.isdigit() and int(count) > 1 for count in counts) or "," in environment.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    )
 
 
 def process_index() -> int:
     """Index of this process, 0 when there is only one."""
     return jax.process_index()
+
+
+def process_count() -> int:
+    """Number of processes of this program."""
+    return jax.process_count()
 
 
 def is_main() -> bool:

@@ -182,13 +182,11 @@ def shardings(tree: PyTree, mesh: Mesh, axes: PyTree | None = None, rules: Rules
 
     ``axes``: logical axes per leaf, default ``logical_axes(tree)``. All checks of ``partition_spec`` happen here.
     """
-    axes = logical_axes(tree) if axes is None else axes
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    specs = [
-        partition_spec(leaf_axes, leaf.shape, mesh, path_name(path), rules)
-        for (path, leaf), leaf_axes in zip(leaves, treedef.flatten_up_to(axes), strict=True)
-    ]
-    return treedef.unflatten([NamedSharding(mesh, spec) for spec in specs])
+
+    def place(path: Any, leaf: Any, leaf_axes: Axes) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(leaf_axes, leaf.shape, mesh, path_name(path), rules))
+
+    return jax.tree_util.tree_map_with_path(place, tree, logical_axes(tree) if axes is None else axes)
 
 
 def state_shardings(state: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
@@ -199,6 +197,11 @@ def state_shardings(state: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Arrays [B, L]: lanes over ("data", "fsdp"), length over "sequence"."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Over how many devices the lanes of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -214,16 +217,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 def describe(tree: PyTree, mesh: Mesh, axes: PyTree | None = None, rules: Rules = RULES) -> str:
     """A table: path, shape, logical axes, mesh axes and bytes per device of every leaf."""
-    axes = logical_axes(tree) if axes is None else axes
-    placed = shardings(tree, mesh, axes, rules)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     rows = [("leaf", "shape", "logical axes", "mesh axes", "bytes per device")]
-    for (path, leaf), leaf_axes, sharding in zip(
-        leaves, treedef.flatten_up_to(axes), treedef.flatten_up_to(placed), strict=True
-    ):
+
+    def add_row(path: Any, leaf: Any, leaf_axes: Axes, sharding: NamedSharding) -> None:
         size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         spec = ", ".join("-" if entry is None else str(entry) for entry in sharding.spec)
         rows.append((path_name(path), str(leaf.shape), ", ".join(str(a or "-") for a in leaf_axes), spec, f"{size:,}"))
+
+    axes = logical_axes(tree) if axes is None else axes
+    jax.tree_util.tree_map_with_path(add_row, tree, axes, shardings(tree, mesh, axes, rules))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

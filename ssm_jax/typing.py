@@ -27,7 +27,6 @@ Positions = Int[Array, "B L"]
 Reset = Bool[Array, "B L"]
 Lengths = Int[Array, "B"]
 Activations = Float[Array, "B L D"]
-Logits = Float[Array, "B L V"]
 
 PyTree = Any
 Params = dict[str, Any]

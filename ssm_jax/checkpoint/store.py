@@ -1,7 +1,7 @@
 """Checkpoints on disk: named pytrees through Orbax, a YAML note, and a manifest that is written last.
 
-``root/00000100/{arrays/<item>/..., info.yaml, MANIFEST.json}``. A save fills ``00000100.partial`` and renames it when complete, so a
-folder with a plain step name was finished once; whether it still is what was saved, the manifest tells.
+``root/00000100/{arrays/<item>/..., info.yaml, MANIFEST.json}``. A save fills ``00000100.partial`` and renames it when
+complete, so a folder with a plain step name was finished once; whether it still is what was saved, the manifest tells.
 """
 
 import os
@@ -66,10 +66,11 @@ def write_folder(folder: Path, items: Mapping[str, PyTree], info: Mapping[str, A
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
         shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"Checkpoint {folder} could not be written ({error.strerror or error}); earlier checkpoints are untouched."
+            f"Checkpoint {folder} could not be written ({reason}); earlier checkpoints are untouched."
         ) from error
 
 
@@ -90,7 +91,8 @@ def restore(folder: str | Path, abstract: Mapping[str, PyTree]) -> tuple[dict[st
     try:
         items = ocp.load_checkpointables((folder / _ARRAYS).absolute(), dict(abstract))
     except Exception as error:
-        raise CheckpointError(f"Checkpoint {folder} cannot be read ({str(error).splitlines()[0][:200]}).") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"Checkpoint {folder} cannot be read ({reason}); use another step.") from error
     return items, read_yaml(folder / _INFO)
 
 
@@ -142,7 +144,8 @@ def _free_name(folder: Path) -> Path:
 def _describe(tree: PyTree) -> dict[str, str]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
     }
 
 

@@ -67,16 +67,20 @@ def batches(
         batch_size: rows of the global batch, all processes together.
         seed: of the shuffle, which differs from epoch to epoch.
         start_index: index of the first global batch: the number of batches already used.
+        shuffle: or the stored order.
         repeat: without end; else one pass, the last batch filled up with absent rows (position -1, weight 0).
         process_index, process_count: which contiguous part of each global batch to read.
 
     Raises:
-        DataError: a batch size that does not divide over the processes; while iterating, a damaged record.
+        DataError: a batch size that does not divide over the processes, a seed that has more than 32 bits; while iterating,
+            a damaged record.
     """
     if batch_size < 1 or batch_size % process_count:
         raise DataError(
             f"Batch size {batch_size} does not divide over {process_count} processes; choose a multiple of it."
         )
+    if not 0 <= seed < 2**32:
+        raise DataError(f"Data seed {seed} is out of range; choose one from 0 to {2**32 - 1}.")
     local_size = batch_size // process_count
     stream = grain.MapDataset.source(PackedRows(dataset)).seed(seed)
     if shuffle:

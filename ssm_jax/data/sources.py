@@ -13,8 +13,8 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from ssm_jax.errors import DataError
 
@@ -194,8 +194,8 @@ def _refuse(error: DataError, file: TextFile, dropped: Dropped) -> None:
     dropped.first_bad = dropped.first_bad or str(error)
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open(path: Path) -> BufferedIOBase:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _walk(root: Path, exclude: set[str]) -> Iterator[Path]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import tokenizers
@@ -40,9 +40,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids``; ids that are not bytes (end of text, padding rows of the vocabulary) are left out."""
-        values = np.fromiter(ids, np.int64)
+        values = np.fromiter(map(int, ids), np.int64)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
@@ -78,9 +78,9 @@ class SubwordTokenizer:
         encodings = self._tokenizer.encode_batch_fast([_as_str(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids``; special tokens and ids outside the vocabulary are left out."""
-        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        known = [token for token in map(int, ids) if 0 <= token < self.vocab_size]
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     def save(self, folder: str | Path) -> None:
@@ -100,8 +100,9 @@ def load_tokenizer(source: str | Path = "bytes", *, eos_token: str | None = None
     """The tokenizer that ``source`` names.
 
     Args:
-        source: "bytes"; a folder (prepared data, a checkpoint, an exported model, a Hugging Face folder with tokenizer.json,
-            GPT-2's encoder.json + vocab.bpe or vocab.json + merges.txt); or the path of one tokenizer.json-like file.
+        source: "bytes"; a folder (prepared data, a run or checkpoint with a ``tokenizer`` folder, an exported model, a
+            Hugging Face folder with tokenizer.json, GPT-2's encoder.json + vocab.bpe or vocab.json + merges.txt); or the
+            path of one tokenizer.json-like file.
         eos_token: the end-of-text token's text, where the files do not say it.
 
     Raises:
@@ -139,9 +140,9 @@ class TextStream:
         self._ids: list[int] = []  # what was shown last, as context for the decoder, then what was not shown yet
         self._shown = 0
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
         """The text that ``ids`` complete, possibly empty."""
-        self._ids.extend(int(token) for token in ids)
+        self._ids.extend(map(int, ids))
         return self._take(allow_incomplete=False)
 
     def finish(self) -> str:
@@ -168,6 +169,8 @@ def _load_folder(folder: Path, eos_token: str | None) -> Tokenizer:
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             return _subword(_byte_level_bpe(folder / vocabulary, folder / merges), folder / vocabulary, eos_token)
+    if (folder / "tokenizer").is_dir():
+        return _load_folder(folder / "tokenizer", eos_token)
     raise DataError(
         f"Folder {folder} holds no tokenizer; it needs {DESCRIPTION_FILE}, tokenizer.json, or encoder.json with vocab.bpe."
     )

@@ -34,7 +34,9 @@ def sample(
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.temperature is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # The largest logit becomes 0, so that a tiny temperature overflows to -inf below it and never to +inf or nan.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
     if sampling.top_k is not None:
         logits_BV = jnp.where(top_k_mask(logits_BV, sampling.top_k), logits_BV, -jnp.inf)
     if sampling.top_p is not None:
@@ -71,7 +73,7 @@ def top_p_mask(logits_BV: Float[Array, "B V"], p: Scalar) -> Bool[Array, "B V"]:
 
 def _ranks(x_BV: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
     """Unsigned integers in the order of the floats: negative numbers reversed and below the positive ones; -0 = 0."""
-    bits = jax.lax.bitcast_convert_type(x_BV + 0.0, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x_BV == 0, 0.0, x_BV), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

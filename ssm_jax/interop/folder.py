@@ -137,5 +137,3 @@ def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tens
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
-
-

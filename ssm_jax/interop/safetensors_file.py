@@ -76,7 +76,8 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> Tensor:
         raise LayoutError(f"{path} holds {name!r} as {entry['dtype']}; save it as F32, F16 or BF16.")
     dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     begin, end = entry["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or start + end > path.stat().st_size:
+    fits = 0 <= begin <= end <= path.stat().st_size - start and end - begin == math.prod(shape) * dtype.itemsize
+    if not fits or min(shape, default=0) < 0:
         raise ValueError(f"the values of {name!r} do not fit in it")
 
     def load() -> np.ndarray:

@@ -109,8 +109,8 @@ def to_params(
         for i, name in enumerate(entry.names):
             array, row = tensors[name].load(), 0
             for part, shape, block in entry.parts:
-                leaf = part.from_torch(array[row : row + block[0]], shape)
-                buffers[part.leaf][i if entry.stacked else ...] = leaf
+                slot = i if entry.stacked else ...
+                buffers[part.leaf][slot] = part.from_torch(array[row : row + block[0]], shape)
                 row += block[0]
         for leaf in list(buffers):
             placed[leaf] = place(leaf, buffers.pop(leaf))

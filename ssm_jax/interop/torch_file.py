@@ -137,7 +137,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:
             raise LayoutError(
-                f"{self.path} asks to run {module}.{name}, which plain weights never need; if you trust it, {_TO_SAFETENSORS}."
+                f"{self.path} asks to run {module}.{name}, which plain weights never need; {_TO_SAFETENSORS}."
             )
         return _GLOBALS[module, name]
 
@@ -158,7 +158,9 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
         if sizes.get(f"{root}byteorder") and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("it was written on a big-endian machine")
         content = _Unpickler(archive.read(f"{root}data.pkl"), path).load()
-    if not isinstance(content, dict) or not all(isinstance(v, _View) and isinstance(k, str) for k, v in content.items()):
+    if not isinstance(content, dict) or not all(
+        isinstance(v, _View) and isinstance(k, str) for k, v in content.items()
+    ):
         raise LayoutError(f"{path} holds more than a state dict (name -> tensor); save model.state_dict() alone.")
     for view in content.values():
         if sizes.get(f"{root}data/{view.storage.key}") != view.storage.numel * view.storage.dtype.itemsize:
@@ -183,7 +185,10 @@ def _tensor(path: Path, root: str, view: _View) -> Tensor:
 
 def _pickle_state_dict(tensors: Mapping[str, Tensor], keys: Mapping[int, str]) -> bytes:
     """Protocol-2 opcodes by hand, because ``pickle`` writes a global only if it can import it."""
-    tuple_of: Callable[..., bytes] = lambda *items: b"(" + b"".join(items) + b"t"
+
+    def tuple_of(*items: bytes) -> bytes:
+        return b"(" + b"".join(items) + b"t"
+
     parts = [b"\x80\x02}("]
     for name, tensor in tensors.items():
         numel, strides = math.prod(tensor.shape), _strides(tensor.shape)

@@ -13,7 +13,7 @@ from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
 from ssm_jax.nn.state import LMState, stack_layers
-from ssm_jax.typing import Activations, Logits, Params, Positions, Tokens
+from ssm_jax.typing import Activations, Params, Positions, Tokens
 
 _float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
         positions: Positions | None = None,
         logits: Literal["all", "last", "none"] = "all",
         deterministic: bool = True,
-    ) -> tuple[Logits | None, LMState]:
+    ) -> tuple[Float[Array, "B _ V"] | None, LMState]:
         """Next-token logits and the state after the last present token.
 
         Args:
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
             self.head(features_BLD[:, :1])
         return features_BLD, LMState(layers=layer_states, position=position_B)
 
-    def _logits(self, features_BLD: Activations) -> Logits:
+    def _logits(self, features_BLD: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
         if not self.config.tie_embeddings:
             return self.head(features_BLD)
         embedding_VD = self.embed.embedding.astype(features_BLD.dtype)

@@ -24,10 +24,10 @@ class CausalConv(nn.Module):
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
-        window: Float[Array, "B K-1 D"] | None,
+        window: Float[Array, "B window D"] | None,
         reset: Reset | None,
         lengths: Lengths | None,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B K-1 D"]]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B window D"]]:
         init = uniform(self.taps**-0.5)
         kernel_KD = self.param("kernel", init, (self.taps, x_BLD.shape[-1]), self.param_dtype)
         bias_D = self.param("bias", init, (x_BLD.shape[-1],), self.param_dtype) if self.use_bias else None

@@ -36,7 +36,9 @@ class BatchConfig:
         if self.size < 1 or self.microbatches < 1:
             raise ValueError("size and microbatches must be at least 1")
         if self.size % self.microbatches:
-            raise ValueError(f"size {self.size} does not divide into {self.microbatches} microbatches; change one of them")
+            raise ValueError(
+                f"size {self.size} does not divide into {self.microbatches} microbatches; change one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +110,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run. ``model``, ``data``, ``optim``, ``batch``, ``seed`` and the length are its identity; the rest may change.
+    """Everything about a run. Model, data, optim, batch, seed and length are its identity; the rest may change on resume.
 
-    model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. Without
-    ``vocab_size`` it is the tokenizer's.
+    model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. The
+    default ``vocab_size`` is the tokenizer's.
     """
 
     output: str
@@ -119,12 +121,12 @@ class RunConfig:
     data: DataConfig
     batch: BatchConfig
     train: TrainConfig
-    optim: OptimConfig = OptimConfig()
-    mesh: MeshConfig = MeshConfig()
-    eval: EvalConfig = EvalConfig()
-    sample: SampleConfig = SampleConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     seed: int = 0
 
 

@@ -3,12 +3,38 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-_NOT_PLOTTED = ("step",)
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
+
+
+class Meter:
+    """Counts of a run that outlive a restart: steps and tokens trained on, seconds spent in training steps."""
+
+    def __init__(self, step: int = 0, tokens: float = 0.0, seconds: float = 0.0):
+        self.step, self.tokens, self.seconds = step, tokens, seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out the time since the last row (evaluation, saving)."""
+        self._last = time.monotonic()
+
+    def row(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times are the same in every rerun."""
+        now = time.monotonic()
+        step_s, self._last = now - self._last, now
+        values = dict(metrics)
+        weight = values.pop("weight")
+        self.step, self.tokens, self.seconds = step, self.tokens + weight, self.seconds + step_s
+        times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds}
+        return {"step": step, **values, "tokens": self.tokens, **times}
+
+    def counts(self) -> dict[str, float]:
+        """The arguments that make this meter again."""
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 
 
 class MetricsLog:
@@ -20,13 +46,13 @@ class MetricsLog:
     def __init__(self, folder: Path, start_step: int = 0, tensorboard: bool = True):
         truncate(folder / METRICS, start_step)
         truncate(folder / SAMPLES, start_step)
-        self._folder = folder
-        self._file = open(folder / METRICS, "a", encoding="utf-8")
+        self._samples = folder / SAMPLES
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start_step + 1 if start_step else None)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -42,12 +68,12 @@ class MetricsLog:
         self._file.flush()
         if self._events is not None:
             for key, value in row.items():
-                if key not in _NOT_PLOTTED:
+                if key != "step":
                     self._events.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """One row of ``samples.jsonl``."""
-        with open(self._folder / SAMPLES, "a", encoding="utf-8") as file:
+        with open(self._samples, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
         if self._events is not None:
             self._events.add_text("sample", f"```\n{prompt}{text}\n```", step)
@@ -58,7 +84,7 @@ def truncate(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")

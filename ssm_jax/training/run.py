@@ -1,13 +1,12 @@
 """A run: its resolved config, its identity, and its folder. Everything here happens before anything compiles.
 
-A run folder holds ``config.yaml``, ``tokenizer/``, ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``, ``tensorboard/`` and
-``summary.json``; nothing outside it is needed to go on, to evaluate or to export.
+A run folder holds ``config.yaml``, ``identity.yaml``, ``tokenizer/``, ``checkpoints/``, ``metrics.jsonl``, ``samples.jsonl``,
+``tensorboard/`` and ``summary.json``; nothing outside it is needed to evaluate, to generate or to export.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,42 @@ import jax
 import yaml
 from jax.sharding import Mesh
 
-from ssm_jax import checkpoint
-from ssm_jax.config import dump_yaml, to_dict
-from ssm_jax.data.shards import PackedDataset
-from ssm_jax.data.tokenizers import Tokenizer
-from ssm_jax.errors import CheckpointError, ConfigError, DataError
-from ssm_jax.models import config_from_dict, config_to_dict
-from ssm_jax.sharding import BATCH_AXES
+from ssm_jax import sharding
+from ssm_jax.config import dump_yaml, read_yaml, to_dict
+from ssm_jax.data.shards import PackedDataset, open_dataset
+from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from ssm_jax.errors import ConfigError, DataError
+from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.training.config import RunConfig
 
-CONFIG, TOKENIZER, IDENTITY = "config.yaml", "tokenizer", "identity.yaml"
+CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run works with. ``config`` is resolved; ``held_out`` is the validation split, if there is one."""
+
+    config: RunConfig
+    folder: Path
+    mesh: Mesh
+    data: PackedDataset
+    held_out: PackedDataset | None
+    tokenizer: Tokenizer
+    model: LanguageModel
+
+
+def prepare(config: RunConfig) -> Run:
+    """Opens the data, makes the mesh and builds the model; writes nothing.
+
+    Raises:
+        ShardingError, DataError, ConfigError: mesh, data or config cannot be used, or do not fit each other.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    data = open_dataset(config.data.path)
+    held_out = open_dataset(config.data.path, "validation") if "validation" in data.manifest.splits else None
+    config = resolve(config, data, mesh)
+    model = build(config_from_dict(config.model))
+    return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model)
 
 
 def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
@@ -52,12 +77,12 @@ def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
             f"Config key 'data.seq_len' is {config.data.seq_len} and the data in {data.path} has rows of {data.seq_len}; "
             f"set data.seq_len={data.seq_len} or prepare the data with --seq-len {config.data.seq_len}."
         )
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.batch.microbatches
+    parts = sharding.batch_parts(mesh) * config.batch.microbatches
     if config.batch.size % parts:
-        over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
+        over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in sharding.BATCH_AXES)
         raise ConfigError(
             f"Config key 'batch.size' is {config.batch.size}; it does not divide over {over} x "
-            f"batch.microbatches={config.batch.microbatches} = {parts}; choose a multiple of {parts}."
+            f"batch.microbatches={config.batch.microbatches}; choose a multiple of {parts}."
         )
     resolved_data = dataclasses.replace(config.data, seq_len=data.seq_len)
     return dataclasses.replace(config, model=config_to_dict(model), data=resolved_data)
@@ -67,10 +92,10 @@ def identity(config: RunConfig, data: PackedDataset) -> dict[str, Any]:
     """What must be the same for a run to go on: model, data (its content, not its path), optimizer, batch, seeds, length."""
     content = to_dict(config)
     shards = [shard.sha256 for shard in data.split.shards]
-    content_hash = hashlib.sha256(json.dumps([shards, data.manifest.tokenizer], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([shards, data.manifest.tokenizer], sort_keys=True).encode()).hexdigest()
     return {
         "model": content["model"],
-        "data": {"content": content_hash[:16], "seq_len": data.seq_len, "seed": config.data.seed},
+        "data": {"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
         "optim": content["optim"],
         "batch": content["batch"],
         "train": {"steps": config.train.steps, "time_budget_s": config.train.time_budget_s},
@@ -78,23 +103,21 @@ def identity(config: RunConfig, data: PackedDataset) -> dict[str, Any]:
     }
 
 
-def open_folder(config: RunConfig, data: PackedDataset, tokenizer: Tokenizer) -> Path:
-    """The run folder: made if it is not there, else checked to hold this very run. The resolved config is written.
+def claim_folder(run: Run) -> None:
+    """Makes the run folder, or checks that it holds this very run; then writes the resolved config and the tokenizer.
 
     Raises:
         ConfigError: the folder holds another run (the differences are shown), or something else.
     """
-    folder, wanted = Path(config.output), identity(config, data)
+    folder, wanted = run.folder, identity(run.config, run.data)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"Config key 'output' is {folder}, which is a file; choose a folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        _require_same_run(folder, wanted, config.train.accept_changes)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER).mkdir(exist_ok=True)
-    tokenizer.save(folder / TOKENIZER)
-    (folder / CONFIG).write_text(dump_yaml(config), encoding="utf-8")
+        _require_same_run(folder, wanted, run.config.train.accept_changes)
+    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     (folder / IDENTITY).write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
-    return folder
+    (folder / CONFIG).write_text(dump_yaml(run.config), encoding="utf-8")
+    run.tokenizer.save(folder / TOKENIZER)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -107,3 +130,14 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         elif old != new:
             found.append(f"{prefix}{key} is {old!r} there and {new!r} here")
     return found
+
+
+def _require_same_run(folder: Path, wanted: Mapping[str, Any], accept_changes: bool) -> None:
+    if not (folder / IDENTITY).is_file():
+        raise ConfigError(f"Config key 'output' is {folder}, which is not empty and not a run; choose another folder.")
+    changed = differences(read_yaml(folder / IDENTITY), wanted)
+    if changed and not accept_changes:
+        raise ConfigError(
+            f"Folder {folder} holds another run: {'; '.join(changed)}. Choose another output, or go on with the new values by "
+            "train.accept_changes=true."
+        )

@@ -11,23 +11,23 @@ from jaxtyping import Array, Int
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
-from ssm_jax.typing import Key, Params, PyTree
+from ssm_jax.typing import Key, Params
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that an update changes, and so everything that a checkpoint must hold.
+    """Everything that an update changes, and so everything that a checkpoint must hold. Leaves may be arrays or shapes.
 
-    params: the trained leaves. opt_state: their moments. step: updates done. total_steps: where the schedule ends; traced, so that
-    a run whose length is measured compiles once. key: what dropout folds the step into. carry: recurrent state carried across
-    batches, None where rows start fresh.
+    params: the trained leaves. opt_state: their moments. step: updates done, int32. total_steps: where the schedule ends, int32;
+    traced, so that a run whose length is measured compiles once. key: what dropout folds the step into. carry: recurrent state
+    carried across batches, None where rows start fresh.
     """
 
-    params: Params
-    opt_state: PyTree
-    step: Int[Array, ""]
-    total_steps: Int[Array, ""]
-    key: Key
+    params: Any
+    opt_state: Any
+    step: Any
+    total_steps: Any
+    key: Any
     carry: Any = None
 
 

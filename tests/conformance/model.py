@@ -40,9 +40,11 @@ def _variables(model: LanguageModel, seed: int = 0) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _apply(model: LanguageModel, variables: Any, tokens: Any, state: Any = None, positions: Any = None) -> Any:
-    return model.apply(variables, tokens, state=state, positions=positions)
+@functools.partial(jax.jit, static_argnames=("model", "logits", "method"))
+def _apply(
+    model: LanguageModel, variables: Any, tokens: Any, state: Any = None, positions: Any = None, **how: Any
+) -> Any:
+    return model.apply(variables, tokens, state=state, positions=positions, **how)
 
 
 def _tokens(config: Any, batch: int, length: int, seed: int = 2) -> jax.Array:
@@ -144,17 +146,17 @@ class ModelConformance:
     def test_last_logits_are_those_of_the_last_present_token(self, model: LanguageModel) -> None:
         variables, tokens = _variables(model), _tokens(model.config, 2, 8)
         positions = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, -1, -1, -1, -1, -1]])
-        full, _ = model.apply(variables, tokens, positions=positions)
-        last, _ = model.apply(variables, tokens, positions=positions, logits="last")
-        none, state = model.apply(variables, tokens, positions=positions, logits="none")
+        full, _ = _apply(model, variables, tokens, None, positions)
+        last, _ = _apply(model, variables, tokens, None, positions, logits="last")
+        none, state = _apply(model, variables, tokens, None, positions, logits="none")
         assert_close(last[:, 0], jnp.stack([full[0, 7], full[1, 2]]), 1e-6)
         assert none is None
         np.testing.assert_array_equal(state.position, [8, 3])
 
     def test_features_times_readout_are_the_logits(self, model: LanguageModel) -> None:
         variables, tokens = _variables(model), _tokens(model.config, 2, 8)
-        logits, _ = model.apply(variables, tokens)
-        features, _ = model.apply(variables, tokens, method="features")
+        logits, _ = _apply(model, variables, tokens)
+        features, _ = _apply(model, variables, tokens, method="features")
         assert_close(features @ model.readout(variables["params"]), logits, self.tolerance)
         assert logits.dtype == jnp.float32
         assert logits.shape == (2, 8, model.config.padded_vocab_size)
@@ -227,7 +229,7 @@ class ModelConformance:
         tokens = _tokens(model.config, 2, 7)
         module = ssm_jax.to_nnx(model).lazy_init(tokens)
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-        expected, _ = model.apply({"params": params}, tokens)
+        expected, _ = _apply(model, {"params": params}, tokens)
         assert_close(module(tokens)[0], expected, self.tolerance)
 
     def test_sharded_equals_unsharded(self, model: LanguageModel, subtests: pytest.Subtests) -> None:
@@ -269,9 +271,10 @@ class ModelConformance:
         variables, prompt = _variables(model), _tokens(model.config, 2, 7)
         new = ssm_jax.generate(model, variables["params"], prompt, max_new_tokens=6)
         sequence = prompt
-        for _ in range(6):
-            logits, _ = model.apply(variables, sequence)
-            following = jnp.argmax(logits[:, -1, : model.config.vocab_size], axis=-1)
+        for length in range(7, 13):
+            padded = jnp.pad(sequence, ((0, 0), (0, 13 - length)))
+            logits, _ = _apply(model, variables, padded)
+            following = jnp.argmax(logits[:, length - 1, : model.config.vocab_size], axis=-1)
             sequence = jnp.concatenate([sequence, following[:, None].astype(jnp.int32)], axis=1)
         np.testing.assert_array_equal(new, sequence[:, 7:])
 

@@ -34,12 +34,14 @@ def detect(folder: Path, names: Collection[str]) -> tuple[Layout, dict[str, Any]
     content = contents[files[0]]
     marks = {key: content[key] for key in ("model_type", "architectures", "ssm_cfg") if key in content}
     known = ", ".join(sorted({f"{row.family} in the layout {row.name!r}" for row in LAYOUTS}))
-    raise LayoutError(f"{folder / files[0]} describes no known model ({marks or 'no model_type'}); ssm_jax reads {known}.")
+    raise LayoutError(
+        f"{folder / files[0]} describes no known model ({marks or 'no model_type'}); ssm_jax reads {known}."
+    )
 
 
 def writable(family: str, name: str | None) -> Layout:
     """The row to write a family with: the named one, or the most native one. Raises LayoutError when there is none."""
-    rows = {row.name: row for row in LAYOUTS if row.family == family and row.write_config}
+    rows = {row.name: row for row in LAYOUTS if row.family == family and row.write_files}
     if name is None and rows:
         return next(iter(rows.values()))
     if name not in rows:

@@ -20,8 +20,8 @@ class Layout:
     detect: (config JSON, tensor names) -> whether a folder is in this layout; from files alone.
     read_config: config JSON -> fields of our config; supplies the format's defaults for what is missing and raises
         LayoutError for what our model would compute differently.
-    write_config: (our config, special token ids) -> config JSON with every field explicit; raises LayoutError for what the
-        format cannot say. None: the layout is only read.
+    write_files: (our config, type of the stored weights, special token ids) -> file name -> JSON, every field explicit;
+        raises LayoutError for what the format cannot say. None: the layout is only read.
     tensors: published names and how they are made of our leaves.
     aliases: other spellings of published names, old -> the one in ``tensors``.
     embedding, head: published names of the token table and the head, for the rules of tied heads.
@@ -38,7 +38,7 @@ class Layout:
     family: str
     detect: Callable[[Json, Collection[str]], bool]
     read_config: Callable[[Json], dict[str, Any]]
-    write_config: Callable[[Any, Json], dict[str, Any]] | None
+    write_files: Callable[[Any, str, Json], dict[str, dict[str, Any]]] | None
     tensors: TensorMap
     aliases: Mapping[str, str]
     embedding: str

@@ -5,14 +5,19 @@ It reads ``pytorch_model.bin`` only, and strictly: a tied head must be listed to
 
 import math
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ssm_jax.errors import LayoutError
+from ssm_jax.interop.folder import read_json
+from ssm_jax.interop.layouts import transformers
 from ssm_jax.interop.layouts.fields import boolean, expect, integer, limits, number, text
 from ssm_jax.interop.layouts.layout import Json, Layout
 from ssm_jax.interop.layouts.mamba_names import HEAD, mamba2_tensors, mamba_tensors
 from ssm_jax.interop.tensor_map import TensorMap
-from ssm_jax.models import Mamba2Config, MambaConfig
+from ssm_jax.models import Mamba2Config, MambaConfig, config_from_dict
 
 _EMBEDDING = "backbone.embedding.weight"
 _EPS = 1e-5
@@ -101,12 +106,12 @@ def _read_mamba2(config: Json) -> dict[str, Any]:
     }
 
 
-def _write(config: MambaConfig | Mamba2Config, ssm_cfg: dict[str, Any]) -> dict[str, Any]:
+def _write(config: MambaConfig | Mamba2Config, ssm_cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if config.norm_eps != _EPS:
         raise LayoutError(
             f"norm_eps is {config.norm_eps}, and mamba_ssm has only {_EPS}; use the layout 'transformers'."
         )
-    return {
+    content = {
         "d_model": config.d_model,
         "d_intermediate": 0,
         "n_layer": config.n_layers,
@@ -130,16 +135,15 @@ def _write(config: MambaConfig | Mamba2Config, ssm_cfg: dict[str, Any]) -> dict[
         "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
         "tie_embeddings": config.tie_embeddings,
     }
+    return {"config.json": content}
 
 
-def _write_mamba(config: MambaConfig, special: Json) -> dict[str, Any]:
+def _write_mamba(config: MambaConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
     # No "layer": releases before Mamba-2 pass every key on to the mixer.
-    return _write(
-        config, {"dt_rank": config.dt_rank_resolved, "dt_init": config.dt_init, "dt_scale": config.dt_scale}
-    )
+    return _write(config, {"dt_rank": config.dt_rank_resolved, "dt_init": config.dt_init, "dt_scale": config.dt_scale})
 
 
-def _write_mamba2(config: Mamba2Config, special: Json) -> dict[str, Any]:
+def _write_mamba2(config: Mamba2Config, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
     cfg: dict[str, Any] = {
         "layer": "Mamba2",
         "headdim": config.headdim,
@@ -152,11 +156,32 @@ def _write_mamba2(config: Mamba2Config, special: Json) -> dict[str, Any]:
     return _write(config, cfg)
 
 
+def _torch_logits(family: str, folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """mamba_ssm itself needs a GPU; transformers' class computes the same model under another name of the token table."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    row, twin = {"mamba": (MAMBA, transformers.MAMBA), "mamba2": (MAMBA2, transformers.MAMBA2)}[family]
+    config = config_from_dict({"family": family, **row.read_config(read_json(folder / row.config_file))})
+    assert twin.write_files is not None
+    content = twin.write_files(config, "float32", {})["config.json"]
+    with transformers.quiet():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    renamed = {name.replace(_EMBEDDING, twin.embedding): tensor.float() for name, tensor in weights.items()}
+    try:
+        model.load_state_dict(renamed, strict=True)
+    except RuntimeError as error:
+        raise LayoutError(f"PyTorch does not load {folder} as it is: {error}; please report this.") from error
+    with transformers.quiet(), torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+
+
 def _layout(
     family: Literal["mamba", "mamba2"],
     kind: str,
     read: Callable[[Json], dict[str, Any]],
-    write: Callable[[Any, Json], dict[str, Any]],
+    write: Callable[[Any, str, Json], dict[str, dict[str, Any]]],
     tensors: TensorMap,
 ) -> Layout:
     return Layout(
@@ -164,7 +189,7 @@ def _layout(
         family=family,
         detect=_detect(kind),
         read_config=read,
-        write_config=write,
+        write_files=write,
         tensors=tensors,
         aliases={"backbone.embeddings.weight": _EMBEDDING},
         embedding=_EMBEDDING,
@@ -173,6 +198,7 @@ def _layout(
         stores_tied_head=True,
         weights="torch",
         load_in_torch=_LOAD,
+        torch_logits=lambda folder, tokens: _torch_logits(family, folder, tokens),
     )
 
 

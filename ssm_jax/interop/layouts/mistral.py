@@ -36,6 +36,6 @@ MAMBA2 = replace(
     name="mistral",
     detect=_detect,
     read_config=_read,
-    write_config=None,
+    write_files=None,
     config_file="params.json",
 )

@@ -19,9 +19,7 @@ from ssm_jax.models import Mamba2Config, MambaConfig
 
 EMBEDDING = "backbone.embeddings.weight"
 _ALIASES = {"backbone.embedding.weight": EMBEDDING}
-_LOAD = (
-    'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")'
-)
+_LOAD = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}")'
 
 
 def _detect_mamba(config: Json, names: Collection[str]) -> bool:
@@ -95,8 +93,15 @@ def _read_mamba2(config: Json) -> dict[str, Any]:
     }
 
 
-def _write_shared(model_type: str, architecture: str, config: MambaConfig | Mamba2Config) -> dict[str, Any]:
-    return {
+def _write_files(
+    model_type: str,
+    architecture: str,
+    config: MambaConfig | Mamba2Config,
+    own: Json,
+    dtype: str,
+    special: Json,
+) -> dict[str, dict[str, Any]]:
+    content = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": config.padded_vocab_size,
@@ -115,35 +120,37 @@ def _write_shared(model_type: str, architecture: str, config: MambaConfig | Mamb
         "time_step_max": config.dt_max,
         "time_step_floor": config.dt_init_floor,
         "initializer_range": 0.1,
-        "rescale_prenorm_residual": True,
+        # True makes transformers 5.23 rescale out_proj after loading it, without a word.
+        "rescale_prenorm_residual": False,
         "use_cache": True,
+        "dtype": dtype,
+        **own,
+        **special,
     }
+    return {"config.json": content, "generation_config.json": {**special, "use_cache": True}}
 
 
-def _write_mamba(config: MambaConfig, special: Json) -> dict[str, Any]:
-    return {
-        **_write_shared("mamba", "MambaForCausalLM", config),
+def _write_mamba(config: MambaConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    own = {
         "intermediate_size": config.d_inner,
         "time_step_rank": config.dt_rank_resolved,
         "time_step_init_scheme": config.dt_init,
         "time_step_scale": config.dt_scale,
-        **special,
     }
+    return _write_files("mamba", "MambaForCausalLM", config, own, dtype, special)
 
 
-def _write_mamba2(config: Mamba2Config, special: Json) -> dict[str, Any]:
-    content = {
-        **_write_shared("mamba2", "Mamba2ForCausalLM", config),
+def _write_mamba2(config: Mamba2Config, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    own: dict[str, Any] = {
         "num_heads": config.heads,
         "head_dim": config.headdim,
         "n_groups": config.ngroups,
         "chunk_size": config.chunk_size or 256,
-        **special,
     }
     low, high = config.dt_limit
     if (low, high) != (0.0, math.inf):  # absent means (0, inf): strict JSON that every release reads
-        content["time_step_limit"] = [low, {"__float__": "Infinity"} if high == math.inf else high]
-    return content
+        own["time_step_limit"] = [low, {"__float__": "Infinity"} if high == math.inf else high]
+    return _write_files("mamba2", "Mamba2ForCausalLM", config, own, dtype, special)
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -155,18 +162,17 @@ def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet(), torch.no_grad():
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if wrong:
-        raise LayoutError(f"transformers does not load {folder} as it is: {wrong}; please report this.")
-    with torch.no_grad():
+        wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+        if wrong:
+            raise LayoutError(f"transformers does not load {folder} as it is: {wrong}; please report this.")
         return model.eval()(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' progress bars and advice about kernels, off."""
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers and its advice about kernels."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -185,7 +191,7 @@ MAMBA = Layout(
     family="mamba",
     detect=_detect_mamba,
     read_config=_read_mamba,
-    write_config=_write_mamba,
+    write_files=_write_mamba,
     tensors=mamba_tensors(EMBEDDING),
     aliases=_ALIASES,
     embedding=EMBEDDING,
@@ -201,7 +207,7 @@ MAMBA2 = Layout(
     family="mamba2",
     detect=_detect_mamba2,
     read_config=_read_mamba2,
-    write_config=_write_mamba2,
+    write_files=_write_mamba2,
     tensors=mamba2_tensors(EMBEDDING),
     aliases=_ALIASES,
     embedding=EMBEDDING,

@@ -1,0 +1,86 @@
+"""One-token steps of a language model, with everything that does not change between tokens done once before the loop.
+
+Slicing the stacked weights of a layer scan copies every weight for every token. Where a second copy of the layers fits
+(``UNROLL_LIMIT``), the decoder holds the layers apart and applies them one after another; that halves the time per token on
+a CPU. Larger models keep the scan and one copy of their weights.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ssm_jax.models import LanguageModel, registry
+from ssm_jax.nn.state import LMState
+from ssm_jax.typing import Params, PyTree
+
+UNROLL_LIMIT = 2**30
+"""Bytes of stacked layer parameters up to which a decoder holds a second, unstacked copy of them."""
+
+
+class Decoder(NamedTuple):
+    """What a step reads.
+
+    params: the model's parameters; ``params["layers"]`` is a tuple with one entry per layer, or stacked as in the model.
+    readout_DV: the head matrix, in the dtype of the features.
+    """
+
+    params: Params
+    readout_DV: Float[Array, "D V"]
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def make_decoder(model: LanguageModel, params: Params) -> Decoder:
+    """The decoder of a model: its layers apart if they are small enough, its head laid out for row vectors."""
+    layers = params["layers"]
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers)) <= UNROLL_LIMIT:
+        layers = _unstack(layers, model.config.n_layers)
+    return Decoder({**params, "layers": layers}, model.readout(params).astype(model.config.dtype))
+
+
+def unstack_state(decoder: Decoder, state: LMState) -> LMState:
+    """``state`` in the form that ``decode_step`` carries: layer by layer if the decoder holds its layers apart."""
+    layers = decoder.params["layers"]
+    return state.replace(layers=_unstack(state.layers, len(layers))) if isinstance(layers, tuple) else state
+
+
+def decode_step(
+    model: LanguageModel, decoder: Decoder, token_B: Int[Array, "B"], state: LMState
+) -> tuple[Float[Array, "B V"], LMState]:
+    """Logits after one more token per lane, padded vocabulary rows left out, and the new state."""
+    if isinstance(decoder.params["layers"], tuple):
+        outside = {name: value for name, value in decoder.params.items() if name != "layers"}
+        features_B1D, state = model.apply(
+            {"params": outside}, token_B[:, None], state, decoder.params["layers"], method=_unrolled
+        )
+    else:
+        features_B1D, state = model.apply({"params": decoder.params}, token_B[:, None], state, method="features")
+    return logits_of(model, decoder, features_B1D[:, 0]), state
+
+
+def logits_of(model: LanguageModel, decoder: Decoder, features_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """float32 logits over the real vocabulary."""
+    logits_BV = jnp.einsum("bd,dv->bv", features_BD, decoder.readout_DV, preferred_element_type=jnp.float32)
+    return logits_BV[:, : model.config.vocab_size]
+
+
+def _unrolled(
+    model: LanguageModel, tokens_BL: Int[Array, "B L"], state: LMState, layers: tuple[Params, ...]
+) -> tuple[Float[Array, "B L D"], LMState]:
+    """``LanguageModel.features`` for layers held apart."""
+    layer = registry.family_of(model.config).layer(model.config)
+    h_BLD = model.embed(tokens_BL)
+    states = []
+    for params, layer_state in zip(layers, state.layers, strict=True):
+        h_BLD, layer_state = layer.apply({"params": params}, h_BLD, layer_state, None)
+        states.append(layer_state)
+    return model.norm_f(h_BLD), LMState(layers=tuple(states), position=state.position + tokens_BL.shape[1])
+
+
+def _unstack(stacked: PyTree, n_layers: int) -> tuple[PyTree, ...]:
+    def layer(i: int) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+    return tuple(layer(i) for i in range(n_layers))

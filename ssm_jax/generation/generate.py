@@ -1,0 +1,195 @@
+"""Generation: prompts of unequal length in one prefill pass, then one compiled loop on the device, in constant memory."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from ssm_jax.errors import GenerationError
+from ssm_jax.generation.decoder import Decoder, decode_step, logits_of, make_decoder, unstack_state
+from ssm_jax.generation.prompt import Prompts, bucket, check_prompts, pieces
+from ssm_jax.generation.sampler import Sampling, sample
+from ssm_jax.models import LanguageModel
+from ssm_jax.nn.positions import last_present
+from ssm_jax.nn.state import LMState
+from ssm_jax.typing import Params
+
+PREFILL_CHUNK = 2048
+"""Tokens of a prompt that are read at once."""
+
+
+class Settings(NamedTuple):
+    """What may change between calls without compiling anything. ``eos_id`` is -1 for none."""
+
+    sampling: Sampling
+    key: Key[Array, ""]
+    eos_id: Int[Array, ""]
+    pad_id: Int[Array, ""]
+
+
+class Progress(NamedTuple):
+    """Where a generation stands: the last token of each lane, the state before it, and which lanes are done."""
+
+    token_B: Int[Array, "B"]
+    state: LMState
+    done_B: Bool[Array, "B"]
+    step: Int[Array, ""]
+
+
+def generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    key: Key[Array, ""] | None = None,
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Int32[np.ndarray, "B T"]:
+    """New tokens that continue each prompt, int32 [B, max_new_tokens].
+
+    A lane ends with its first ``eos_id``; what follows it in the row is ``eos_id`` again. Without ``eos_id`` every lane has
+    ``max_new_tokens`` tokens. The loop ends when all lanes have ended. Padded vocabulary rows are never chosen.
+
+    Memory depends neither on the prompts' lengths (read in chunks, the recurrent state carried) nor on ``max_new_tokens``
+    beyond the result. Prompt lengths and ``max_new_tokens`` are rounded up to powers of two inside, so that few programs are
+    compiled; temperature, top_k, top_p, key and eos_id compile nothing when they change, only when they are switched on or off.
+
+    Args:
+        prompts: integer array [B, L], or a list of token lists of unequal lengths.
+        temperature: 0 takes the most likely token; above, tokens are drawn from softmax(logits / temperature), after top_k
+            (the k most likely ones) and top_p (the smallest set of most likely ones with that probability).
+        key: randomness, required when temperature > 0. The draws of row i depend on (key, i) alone.
+        prefill_chunk: tokens of the prompts that are read at once; bounds memory and changes nothing else.
+
+    Raises:
+        GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key.
+    """
+    rows = check_prompts(prompts, model.config.vocab_size)
+    settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key)
+    decoder = make_decoder(model, params)
+    progress = begin(model, params, decoder, rows, settings, prefill_chunk)
+    first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
+    if max_new_tokens == 1:
+        return first
+    rest, _ = decode(model, decoder, progress, settings, max_new_tokens - 1, bucket(max_new_tokens - 1))
+    return np.concatenate([first, np.asarray(rest).T[:, : max_new_tokens - 1]], axis=1)
+
+
+def check_settings(
+    model: LanguageModel,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_id: int | None,
+    key: Key[Array, ""] | None,
+) -> Settings:
+    """The settings as arrays; raises GenerationError for one that is out of range."""
+    vocab_size = model.config.vocab_size
+    if max_new_tokens < 1:
+        raise GenerationError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise GenerationError(f"temperature is {temperature}; it must be 0 (greedy) or positive.")
+    if top_k is not None and top_k < 1:
+        raise GenerationError(f"top_k is {top_k}; it must be at least 1, or None for no limit.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise GenerationError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for no limit.")
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise GenerationError(
+            f"eos_id is {eos_id}, outside the vocabulary of {vocab_size} tokens; give the tokenizer's."
+        )
+    if temperature > 0 and key is None:
+        raise GenerationError("temperature > 0 draws at random and needs a key; pass key=jax.random.key(0).")
+    return Settings(
+        sampling=Sampling()
+        if temperature == 0
+        else Sampling(
+            temperature=jnp.float32(temperature),
+            top_k=None if top_k is None else jnp.int32(min(top_k, vocab_size)),
+            top_p=None if top_p is None else jnp.float32(top_p),
+        ),
+        key=jax.random.key(0) if temperature == 0 else key,
+        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
+        pad_id=jnp.int32(eos_id or 0),
+    )
+
+
+def begin(
+    model: LanguageModel,
+    params: Params,
+    decoder: Decoder,
+    prompts: list[Int32[np.ndarray, "L"]],
+    settings: Settings,
+    prefill_chunk: int,
+) -> Progress:
+    """Reads the prompts and chooses the first new token of each lane."""
+    state = model.init_state(len(prompts))
+    features_BD = jnp.zeros((len(prompts), model.config.d_model), model.config.dtype)
+    for tokens, positions in pieces(prompts, prefill_chunk):
+        state, features_BD = _prefill(model, params, tokens, positions, state, features_BD)
+    return _first_token(model, decoder, state, features_BD, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state", "features_BD"))
+def _prefill(
+    model: LanguageModel,
+    params: Params,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    state: LMState,
+    features_BD: Float[Array, "B D"],
+) -> tuple[LMState, Float[Array, "B D"]]:
+    """Reads one stretch; ``features_BD`` are the final hidden states of each lane's last token so far."""
+    features_BLD, state = model.apply({"params": params}, tokens, state, positions, method="features")
+    present_B1 = positions[:, :1] >= 0
+    return state, jnp.where(present_B1, last_present(features_BLD, positions)[:, 0], features_BD)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def _first_token(
+    model: LanguageModel, decoder: Decoder, state: LMState, features_BD: Float[Array, "B D"], settings: Settings
+) -> Progress:
+    step = jnp.int32(0)
+    token_B = sample(logits_of(model, decoder, features_BD), settings.sampling, settings.key, step)
+    return Progress(token_B, unstack_state(decoder, state), token_B == settings.eos_id, step)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity"), donate_argnames=("progress",))
+def decode(
+    model: LanguageModel,
+    decoder: Decoder,
+    progress: Progress,
+    settings: Settings,
+    count: int | Int[Array, ""],
+    capacity: int,
+) -> tuple[Int[Array, "T B"], Progress]:
+    """Up to ``count`` <= ``capacity`` more tokens, [capacity, B]; stops early when all lanes are done.
+
+    Rows that were not reached hold ``pad_id``.
+    """
+    first_step = progress.step + 1
+    tokens_TB = jnp.full((capacity, progress.token_B.shape[0]), settings.pad_id, jnp.int32)
+
+    def going_on(carry: tuple[Progress, Int[Array, "T B"]]) -> Bool[Array, ""]:
+        progress, _ = carry
+        return (progress.step + 1 < first_step + count) & ~jnp.all(progress.done_B)
+
+    def one_token(carry: tuple[Progress, Int[Array, "T B"]]) -> tuple[Progress, Int[Array, "T B"]]:
+        progress, tokens_TB = carry
+        step = progress.step + 1
+        logits_BV, state = decode_step(model, decoder, progress.token_B, progress.state)
+        token_B = sample(logits_BV, settings.sampling, settings.key, step)
+        token_B = jnp.where(progress.done_B, settings.pad_id, token_B)
+        tokens_TB = jax.lax.dynamic_update_index_in_dim(tokens_TB, token_B, step - first_step, axis=0)
+        return Progress(token_B, state, progress.done_B | (token_B == settings.eos_id), step), tokens_TB
+
+    progress, tokens_TB = jax.lax.while_loop(going_on, one_token, (progress, tokens_TB))
+    return tokens_TB, progress

@@ -1,0 +1,169 @@
+"""The training run, read from top to bottom."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssm_jax import distributed, sharding
+from ssm_jax.data.packing import Row
+from ssm_jax.data.pipeline import batches
+from ssm_jax.errors import UserError
+from ssm_jax.training import run as run_lib
+from ssm_jax.training import saving, summary
+from ssm_jax.training import state as state_lib
+from ssm_jax.training.config import RunConfig, interval
+from ssm_jax.training.metrics import Meter, MetricsLog
+from ssm_jax.training.progress import TrainingProgress
+from ssm_jax.training.run import Run
+from ssm_jax.training.samples import write_samples
+from ssm_jax.training.signals import StopRequest
+from ssm_jax.training.state import TrainState
+from ssm_jax.training.step import abstract_batch, compile_step, make_step
+from ssm_jax.training.validation import make_evaluation
+
+_WARM_STEPS, _TIMED_STEPS = 2, 10
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Trains, or goes on with, the run in ``config.output``; returns what ``summary.json`` holds.
+
+    Raises:
+        UserError: something in config, data, mesh or run folder cannot be used (raised before anything compiles or is
+            overwritten); damaged data or checkpoints; gradients that stay non-finite.
+    """
+    started = time.monotonic()
+    distributed.initialize()
+    run = run_lib.prepare(config)
+    config, model, mesh = run.config, run.model, run.mesh
+    shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh)
+    run_lib.claim_folder(run)
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        progress = stack.enter_context(TrainingProgress())
+        progress.note(summary.headline(run, shapes, frozen_shapes))
+        if mesh.size > 1:
+            progress.note(sharding.describe(shapes.params, mesh))
+
+        restored = saving.restore(run.folder, shapes, frozen_shapes)
+        if restored is not None:
+            state, frozen, meter = restored
+            total_steps = config.train.steps or int(state.total_steps)
+            state = _with_total_steps(state, total_steps)
+            if meter.step >= total_steps:
+                progress.note(f"this run is finished, at step {meter.step}; nothing to do")
+                return summary.read(run.folder)
+            progress.note(f"going on from step {meter.step} of {total_steps}")
+
+        compile_started = time.monotonic()
+        step = make_step(model, config.optim, config.batch.microbatches, sharding.batch_parts(mesh))
+        batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh)
+        train_step = compile_step(step, shapes, frozen_shapes, batch_shapes, mesh)
+        compile_s = time.monotonic() - compile_started
+        progress.note(f"compiled in {compile_s:.1f} s")
+        if restored is None:
+            total_steps = config.train.steps or _steps_in_budget(train_step, run, progress)
+            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps)
+            meter = Meter()
+
+        evaluate = make_evaluation(run)
+        every = _intervals(config, total_steps)
+        log = stack.enter_context(MetricsLog(run.folder, meter.step, config.log.tensorboard))
+        rows = _rows(run, meter.step)
+        scores: dict[str, float] = {}
+        done = saved = meter.step
+        unread = None  # metrics of the last step: read after the next one is on its way, so that the device never waits
+
+        def read(metrics: dict[str, jax.Array]) -> None:
+            row = meter.row(meter.step + 1, {name: value.item() for name, value in jax.device_get(metrics).items()})
+            if row["step"] % config.log.every == 0 or row["step"] == total_steps:
+                log.write(row)
+            progress.update(row)
+            _require_finite(row, config)
+
+        progress.start(done, total_steps)
+        meter.restart()
+        while done < total_steps and stop.requested is None and not _out_of_time(config, started):
+            state, metrics = train_step(state, frozen, sharding.put_batch(next(rows), mesh))
+            done += 1
+            if unread is not None:
+                read(unread)
+            unread = metrics
+            due = {name for name, n in every.items() if done == total_steps or (n and done % n == 0)}
+            if due:
+                read(unread)
+                unread = None
+                if "eval" in due and evaluate is not None:
+                    scores = evaluate(state.params, frozen)
+                    log.write({"step": done, **scores})
+                    progress.note(f"step {done}, held out: {summary.describe_scores(scores)}")
+                if "sample" in due:
+                    write_samples(run, state, frozen, log, progress)
+                if "checkpoint" in due:
+                    saving.save(run, state, frozen, meter)
+                    saved = done
+                meter.restart()
+        if unread is not None:
+            read(unread)
+        if saved < done:
+            saving.save(run, state, frozen, meter)
+        if done < total_steps:
+            progress.note(f"stopped at step {done} of {total_steps}; the same command goes on from there")
+        measured = {**scores, "compile_s": compile_s, "session_s": time.monotonic() - started}
+        return summary.write(run, state, frozen, meter, train_step, measured)
+
+
+def _rows(run: Run, first_batch: int) -> Iterator[Row]:
+    return batches(
+        run.data,
+        batch_size=run.config.batch.size,
+        seed=run.config.data.seed,
+        start_index=first_batch,
+        process_index=distributed.process_index(),
+        process_count=distributed.process_count(),
+    )
+
+
+def _steps_in_budget(train_step: jax.stages.Compiled, run: Run, progress: TrainingProgress) -> int:
+    """How many steps fit into ``train.time_budget_s``, from a few timed ones on a state that is thrown away."""
+    state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1)
+    batch = sharding.put_batch(next(_rows(run, 0)), run.mesh)
+    started = 0.0
+    for i in range(_WARM_STEPS + _TIMED_STEPS):
+        if i == _WARM_STEPS:
+            jax.block_until_ready(state)
+            started = time.monotonic()
+        state, _ = train_step(state, frozen, batch)
+    jax.block_until_ready(state)
+    step_s = (time.monotonic() - started) / _TIMED_STEPS
+    budget = run.config.train.time_budget_s or 0.0
+    steps = max(1, int(budget / step_s))
+    progress.note(f"a step takes {step_s:.3f} s: {steps} steps fit into {budget:g} s")
+    return steps
+
+
+def _with_total_steps(state: TrainState, total_steps: int) -> TrainState:
+    placed = jax.device_put(jnp.int32(total_steps), state.total_steps.sharding)
+    return dataclasses.replace(state, total_steps=placed)
+
+
+def _intervals(config: RunConfig, total_steps: int) -> dict[str, int]:
+    sections = {"eval": config.eval.every, "sample": config.sample.every, "checkpoint": config.checkpoint.every}
+    return {name: interval(every, total_steps) for name, every in sections.items()}
+
+
+def _out_of_time(config: RunConfig, started: float) -> bool:
+    return config.train.max_seconds is not None and time.monotonic() - started > config.train.max_seconds
+
+
+def _require_finite(row: dict[str, Any], config: RunConfig) -> None:
+    if row["skipped_in_a_row"] > config.optim.max_skipped:
+        raise UserError(
+            f"Gradients were not finite in {row['skipped_in_a_row']} updates in a row, up to step {row['step']}; lower optim.lr. "
+            "No such update reached the parameters; the last checkpoint is good."
+        )

@@ -1,0 +1,53 @@
+"""A train state as a checkpoint: parameters, optimizer, step, RNG key, carried state, data position; frozen leaves once."""
+
+import dataclasses
+from pathlib import Path
+
+from ssm_jax import checkpoint
+from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN
+from ssm_jax.checkpoint.store import write_folder
+from ssm_jax.training.metrics import Meter
+from ssm_jax.training.run import Run
+from ssm_jax.training.state import TrainState
+from ssm_jax.typing import Params, PyTree
+
+
+def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
+    """Writes the checkpoint of the step the meter stands at, and drops old ones."""
+    root, config = run.folder / CHECKPOINTS, run.config
+    if frozen and not checkpoint.is_checkpoint(root / FROZEN):
+        write_folder(root / FROZEN, {"params": frozen}, {})
+    info = {
+        "counts": meter.counts(),
+        "data_index": meter.step,
+        "model": config.model,
+        "freeze": list(config.optim.freeze),
+        "train": list(config.optim.train),
+    }
+    return checkpoint.save(root, meter.step, _items(state), info, config.checkpoint.keep)
+
+
+def restore(
+    folder: Path, abstract_state: TrainState, abstract_frozen: Params
+) -> tuple[TrainState, Params, Meter] | None:
+    """State, frozen leaves and counts of the last good checkpoint, on the shardings asked for; None if there is none yet.
+
+    Damaged ones are set aside with a warning.
+
+    Raises:
+        CheckpointError: all are damaged, the frozen leaves are, or the arrays do not fit.
+    """
+    root = folder / CHECKPOINTS
+    newest = checkpoint.latest_good(root, set_aside=True)
+    if newest is None:
+        return None
+    items, info = checkpoint.restore(newest, _items(abstract_state))
+    frozen: Params = {}
+    if abstract_frozen:
+        frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
+    return TrainState(params=items["params"], **items["train"]), frozen, Meter(**info["counts"])
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"params": fields.pop("params"), "train": fields}

@@ -1,0 +1,104 @@
+"""One update as a pure function, and its compiled form on a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ssm_jax import optim, sharding
+from ssm_jax.models import LanguageModel
+from ssm_jax.training.losses import Batch, next_token_loss
+from ssm_jax.training.state import TrainState
+from ssm_jax.typing import Params, PyTree
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int = 1, batch_shards: int = 1) -> Step:
+    """``step(state, frozen, batch) -> (state, metrics)``.
+
+    loss = sum over the whole batch of weight * nll / sum of weights; gradient of that with respect to ``state.params`` only;
+    AdamW; an update with non-finite gradients changes nothing but the step and the counts.
+
+    ``microbatches`` splits the lanes (never the time axis) and adds up sums: memory and rounding change, the result does not.
+    ``batch_shards``: over how many devices the lanes are split.
+    """
+    optimizer = optim.make_optimizer(config)
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        dropout_key = jax.random.fold_in(state.key, state.step)
+
+        def loss_sum(trainable: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return next_token_loss(model, optim.merge(trainable, frozen), part, key, batch_shards)
+
+        (loss, weight), grads = _accumulate(
+            jax.value_and_grad(loss_sum, has_aux=True), state.params, batch, dropout_key, microbatches
+        )
+        scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        lr = optim.learning_rate(config, state.step, state.total_steps)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=lr)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss * scale,
+            "lr": lr,
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "weight": weight,
+            "skipped": opt_state.total_notfinite,
+            "skipped_in_a_row": opt_state.notfinite_count,
+        }
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    return step
+
+
+def compile_step(
+    step: Step, abstract_state: TrainState, abstract_frozen: Params, abstract_batch: PyTree, mesh: Mesh
+) -> jax.stages.Compiled:
+    """``step`` compiled for arrays of these shapes and shardings; the state is donated, metrics are on every device.
+
+    A compiled step never compiles again: other shapes are an error.
+    """
+    state_shardings, frozen_shardings, batch_shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, (abstract_state, abstract_frozen, abstract_batch)
+    )
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_shardings, frozen_shardings, batch_shardings),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return jitted.lower(abstract_state, abstract_frozen, abstract_batch).compile()
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch."""
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
+    placed = sharding.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in kinds.items()}
+
+
+def _accumulate(
+    value_and_grad: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, microbatches: int
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """Sums of loss, weight and gradients over the microbatches."""
+    if microbatches == 1:
+        return value_and_grad(params, batch, key)
+
+    def part(x: jax.Array) -> jax.Array:
+        # Lane b goes to microbatch b % microbatches: every device keeps its own lanes.
+        return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
+
+    def body(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *inputs)), None
+
+    parts = jax.tree.map(part, dict(batch))
+    zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), params))
+    total, _ = jax.lax.scan(body, zeros, (parts, jax.random.split(key, microbatches)))
+    return total

@@ -1,0 +1,92 @@
+"""What a run says about itself: a line at its start, ``summary.json`` at its end."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ssm_jax.training.metrics import Meter
+from ssm_jax.training.run import Run
+from ssm_jax.training.state import TrainState
+from ssm_jax.typing import Params, PyTree
+
+SUMMARY = "summary.json"
+
+
+def headline(run: Run, state: TrainState, frozen: Params) -> str:
+    """Model, parameters, batch and devices in one line; arrays or shapes."""
+    config = run.config
+    count, fixed = _size(state.params), _size(frozen)
+    parts = [
+        f"{config.model['family']} with {count + fixed:,} parameters" + (f" ({fixed:,} frozen)" if fixed else ""),
+        f"{config.batch.size} x {run.data.seq_len} tokens per step",
+        f"{run.mesh.size} {run.mesh.devices.flat[0].device_kind} device(s)",
+        f"run folder {run.folder}",
+    ]
+    return ", ".join(parts)
+
+
+def describe_scores(scores: Mapping[str, float]) -> str:
+    """``loss 1.23, bits per byte 1.77, ...`` from evaluation scores."""
+    return ", ".join(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+
+
+def write(
+    run: Run,
+    state: TrainState,
+    frozen: Params,
+    meter: Meter,
+    compiled: jax.stages.Compiled,
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes and returns ``summary.json``: size, length, speed, memory, devices, and what was ``measured``."""
+    total_steps = int(state.total_steps)
+    content = {
+        "finished": meter.step == total_steps,
+        "family": run.config.model["family"],
+        "parameters": _size(state.params) + _size(frozen),
+        "trainable_parameters": _size(state.params),
+        "steps": meter.step,
+        "total_steps": total_steps,
+        "tokens": meter.tokens,
+        "seconds": meter.seconds,
+        "tokens_per_s": meter.tokens / meter.seconds if meter.seconds else None,
+        **measured,
+        "memory": {"peak_host_bytes": _peak_host_bytes(), **_compiled_memory(compiled)},
+        "devices": {
+            "kind": run.mesh.devices.flat[0].device_kind,
+            "platform": run.mesh.devices.flat[0].platform,
+            "count": run.mesh.size,
+            "mesh": dict(run.mesh.shape),
+        },
+        "jax": jax.__version__,
+    }
+    (run.folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The content of ``summary.json``, empty if there is none."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _size(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _peak_host_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _compiled_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one step, per device, from the compiler; empty where it does not tell."""
+    analysis = compiled.memory_analysis()
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = {name: getattr(analysis, f"{name}_size_in_bytes", None) for name in names}
+    return {f"step_{name}_bytes": int(size) for name, size in sizes.items() if size is not None}

@@ -1,0 +1,169 @@
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import grain
+import numpy as np
+import pytest
+
+from ssm_jax.data.packing import Row, encode_record, pack
+from ssm_jax.data.pipeline import PackedRows, batches, evaluation_batches
+from ssm_jax.data.shards import PackedDataset, open_dataset
+from ssm_jax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared: Path) -> PackedDataset:
+    return open_dataset(prepared)
+
+
+def take(stream, count: int) -> list[Row]:
+    taken = list(islice(stream, count))
+    stream.close()
+    assert len(taken) == count
+    return taken
+
+
+def assert_same(one: list[Row], other: list[Row]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for name in ("tokens", "targets", "positions", "weights"):
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def fingerprints(batch_list: list[Row]) -> list[bytes]:
+    """One value per row, absent rows left out."""
+    rows = [
+        (batch["tokens"][i].tobytes() + batch["positions"][i].tobytes(), batch["positions"][i, 0])
+        for batch in batch_list
+        for i in range(len(batch["tokens"]))
+    ]
+    return [row for row, first_position in rows if first_position >= 0]
+
+
+def test_shapes_and_types(dataset: PackedDataset):
+    (batch,) = take(batches(dataset, batch_size=6), 1)
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "tokens": ((6, 16), "int32"),
+        "targets": ((6, 16), "int32"),
+        "positions": ((6, 16), "int32"),
+        "weights": ((6, 16), "float32"),
+    }
+
+
+def test_resume_is_running_on(dataset: PackedDataset):
+    per_epoch = dataset.rows // 7
+    whole = take(batches(dataset, batch_size=7, seed=3), 2 * per_epoch)
+    for start in (1, per_epoch - 1, per_epoch + 2):
+        assert_same(take(batches(dataset, batch_size=7, seed=3, start_index=start), 5), whole[start : start + 5])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_together_see_the_same_batches(dataset: PackedDataset, process_count: int):
+    whole = take(batches(dataset, batch_size=8, seed=1, start_index=3), 6)
+    parts = [
+        take(batches(dataset, batch_size=8, seed=1, start_index=3, process_index=p, process_count=process_count), 6)
+        for p in range(process_count)
+    ]
+    joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in whole[i]} for i in range(6)]
+    assert_same(joined, whole)
+
+
+def test_batch_size_does_not_change_the_row_stream(dataset: PackedDataset):
+    rows = fingerprints(take(batches(dataset, batch_size=4, seed=5), 12))
+    assert fingerprints(take(batches(dataset, batch_size=12, seed=5), 4)) == rows
+
+
+def test_each_epoch_has_every_row_once_in_its_own_order(dataset: PackedDataset):
+    n = dataset.rows
+    stored = fingerprints(list(evaluation_batches(dataset, batch_size=16)))
+    rows = fingerprints(take(batches(dataset, batch_size=1, seed=0), 2 * n))
+    assert sorted(rows[:n]) == sorted(rows[n:]) == sorted(stored)
+    assert rows[:n] != rows[n:]
+    assert rows[:n] != stored
+    assert fingerprints(take(batches(dataset, batch_size=1, seed=1), n)) != rows[:n]
+
+
+def test_evaluation_is_one_pass_in_order_filled_with_absent_rows(dataset: PackedDataset):
+    rows = PackedRows(dataset)
+    batch_size = 14
+    assert dataset.rows % batch_size
+    got = list(evaluation_batches(dataset, batch_size=batch_size))
+    flat = {name: np.concatenate([batch[name] for batch in got]) for name in got[0]}
+    for name, array in flat.items():
+        np.testing.assert_array_equal(array[: dataset.rows], np.stack([rows[i][name] for i in range(dataset.rows)]))
+    assert len(flat["tokens"]) == batch_size * -(-dataset.rows // batch_size)
+    assert (flat["positions"][dataset.rows :] == -1).all()
+    assert (flat["weights"][dataset.rows :] == 0).all()
+    assert flat["weights"].sum() == dataset.split.targets
+    parts = [list(evaluation_batches(dataset, batch_size=14, process_index=p, process_count=2)) for p in range(2)]
+    assert_same([{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts, strict=True)], got)
+
+
+def test_one_pass_shuffled(dataset: PackedDataset):
+    once = list(batches(dataset, batch_size=14, seed=2, repeat=False))
+    endless = take(batches(dataset, batch_size=14, seed=2), len(once) - 1)
+    assert_same(once[:-1], endless)
+    assert len(fingerprints(once)) == dataset.rows
+    assert list(batches(dataset, batch_size=14, repeat=False, start_index=len(once) + 3)) == []
+
+
+@pytest.mark.parametrize(("batch_size", "process_count"), [(6, 4), (0, 1)])
+def test_batch_size_that_does_not_divide(dataset: PackedDataset, batch_size: int, process_count: int):
+    with pytest.raises(DataError, match=f"Batch size {batch_size} does not divide over {process_count} processes"):
+        batches(dataset, batch_size=batch_size, process_count=process_count)
+
+
+def test_seed_out_of_range(dataset: PackedDataset):
+    with pytest.raises(DataError, match="seed -1 is out of range"):
+        batches(dataset, batch_size=1, seed=-1)
+
+
+def test_damage_anywhere_in_a_shard_is_refused_or_harmless(prepared: Path, tmp_path: Path):
+    folder = shutil.copytree(prepared, tmp_path / "copy")
+    dataset = open_dataset(folder)
+    shard = folder / dataset.split.shards[1].file
+    first, count = dataset.split.shards[0].rows, dataset.split.shards[1].rows
+    good = [PackedRows(dataset)[first + i] for i in range(count)]
+    content = shard.read_bytes()
+    used = np.flatnonzero(np.frombuffer(content, np.uint8))
+    messages = []
+    for offset in np.random.default_rng(0).choice(used, 60, replace=False):
+        damaged = bytearray(content)
+        damaged[offset] ^= 0x55
+        shard.write_bytes(damaged)
+        rows = PackedRows(dataset)
+        for i in range(count):
+            try:
+                assert_same([rows[first + i]], [good[i]])
+            except DataError as error:
+                messages.append((f"{shard.name}, record {i}, is damaged", str(error)))
+    assert len(messages) >= 30
+    assert all(expected in message for expected, message in messages)
+
+
+def test_record_that_array_record_finds_intact_is_checked_by_us(prepared: Path, tmp_path: Path):
+    """A shard rewritten with one wrong token: only the record's own checksum can tell."""
+    from array_record.python import array_record_module
+
+    folder = shutil.copytree(prepared, tmp_path / "copy")
+    source = grain.sources.ArrayRecordDataSource(str(folder / open_dataset(folder, "validation").split.shards[0].file))
+    records = list(source)
+    other = encode_record(next(pack([np.arange(5)], 16)), 3, "uint16")
+    bad = bytearray(records[2])
+    bad[-3] ^= 4
+    records[2:4] = [bytes(bad), other[:4] + records[3][4:]]
+    file = folder / open_dataset(folder, "validation").split.shards[0].file
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    content = json.loads((folder / "manifest.json").read_text())
+    content["splits"]["validation"]["shards"][0]["size"] = file.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(content))
+    stream = evaluation_batches(open_dataset(folder, "validation"), batch_size=2)
+    next(stream)
+    with pytest.raises(DataError, match=rf"{file.name}, record 2, is damaged \(its checksum does not fit\)"):
+        next(stream)
+    stream.close()

@@ -1,0 +1,218 @@
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssm_jax.config import main
+from ssm_jax.data.pipeline import PackedRows
+from ssm_jax.data.prepare import prepare
+from ssm_jax.data.shards import open_dataset, verify_dataset
+from ssm_jax.data.sources import find_files
+from ssm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from ssm_jax.errors import DataError
+from train.prepare_data import run
+
+
+def documents_of(path: Path, split: str) -> list[str]:
+    """The texts of a split, read back from its rows."""
+    rows = PackedRows(open_dataset(path, split))
+    stream = np.concatenate([rows[i]["tokens"][rows[i]["positions"] >= 0] for i in range(len(rows))])
+    tokenizer = load_tokenizer(path)
+    ends = np.flatnonzero(stream == tokenizer.eos_id)
+    return [tokenizer.decode(stream[a + 1 : b]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_every_document_comes_back_once(corpus: Path, prepared: Path):
+    train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert sorted(train + validation) == sorted(file.read_text() for file in corpus.rglob("*.txt"))
+    assert train != sorted(train)
+    assert validation
+
+
+def test_counts_are_those_of_the_rows(prepared: Path):
+    for name in ("train", "validation"):
+        dataset = open_dataset(prepared, name)
+        split, stored = dataset.split, PackedRows(dataset)
+        rows = [stored[i] for i in range(split.rows)]
+        texts = documents_of(prepared, name)
+        assert split.documents == len(texts)
+        assert split.text_bytes == sum(len(text.encode()) for text in texts)
+        assert split.tokens == sum((row["positions"] >= 0).sum() for row in rows) == split.text_bytes + 2 * len(texts)
+        assert split.targets == sum(row["weights"].sum() for row in rows)
+        assert sum(shard.rows for shard in split.shards) == split.rows
+    assert len(open_dataset(prepared, "train").split.shards) > 2
+
+
+def test_files_depend_on_contents_alone(corpus: Path, prepared: Path, tmp_path: Path):
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for number, file in enumerate(sorted(corpus.rglob("*.txt"), reverse=True)):
+        shutil.copy(file, renamed / f"{number}.md")
+    options = {"seq_len": 16, "validation_percent": 20.0, "rows_per_shard": 100}
+    prepare(find_files([renamed]), tmp_path / "out", ByteTokenizer(), **options)
+    assert contents(tmp_path / "out") == contents(prepared)
+    prepare(find_files([renamed]), tmp_path / "other", ByteTokenizer(), seed=1, **options)
+    assert documents_of(tmp_path / "other", "train") != documents_of(prepared, "train")
+    assert documents_of(tmp_path / "other", "validation") != documents_of(prepared, "validation")
+    assert sorted(documents_of(tmp_path / "other", "validation")) == sorted(documents_of(prepared, "validation"))
+
+
+def test_split_of_a_document_does_not_depend_on_the_others(corpus: Path, prepared: Path, tmp_path: Path):
+    prepare(find_files([corpus / "odd"]), tmp_path / "odd", ByteTokenizer(), seq_len=16, validation_percent=20.0)
+    assert set(documents_of(tmp_path / "odd", "train")) < set(documents_of(prepared, "train"))
+
+
+def test_duplicates_are_used_once_and_never_cross_the_splits(tmp_path: Path):
+    texts = [f"text {i} " * 5 for i in range(4)]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts + texts[:2]))
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(texts[3])
+    _, dropped = prepare(
+        find_files([lines]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_files=find_files([held_out])
+    )
+    assert dropped.duplicates == 3
+    assert sorted(documents_of(tmp_path / "out", "train")) == texts[:3]
+    assert documents_of(tmp_path / "out", "validation") == texts[3:]
+
+
+def test_one_document_is_cut_at_a_line(tmp_path: Path):
+    text = "".join(f"line {i} ü\n" for i in range(200))
+    (tmp_path / "one.txt").write_text(text)
+    prepare(find_files([tmp_path / "one.txt"]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_percent=10.0)
+    (train,), (validation,) = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "validation")
+    assert train + validation == text
+    assert train.endswith("\n")
+    assert 0.08 < len(validation) / len(text) < 0.12
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(0.0, (2, 0)), (0.001, (1, 1)), (99.9, (1, 1))])
+def test_two_documents(percent: float, expected: tuple[int, int], tmp_path: Path):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"{i}" * 50)
+    manifest, _ = prepare(
+        find_files([tmp_path]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_percent=percent
+    )
+    counts = {name: split.documents for name, split in manifest.splits.items()}
+    assert (counts["train"], counts.get("validation", 0)) == expected
+    if percent == 0:
+        with pytest.raises(DataError, match=r"no split 'validation' \(it has train\)"):
+            open_dataset(tmp_path / "out", "validation")
+
+
+def test_max_bytes(corpus: Path, tmp_path: Path):
+    manifest, _ = prepare(find_files([corpus]), tmp_path / "out", ByteTokenizer(), seq_len=16, max_bytes=1000)
+    assert 997 <= sum(split.text_bytes for split in manifest.splits.values()) <= 1000
+
+
+def test_subword_tokenizer_travels_with_the_data(corpus: Path, gpt2_folder: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(gpt2_folder)
+    manifest, _ = prepare(find_files([corpus]), tmp_path / "out", tokenizer, seq_len=16)
+    assert manifest.vocab_size == tokenizer.vocab_size
+    assert manifest.tokenizer["fingerprint"] == load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    texts = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
+    assert sorted(texts) == sorted(file.read_text() for file in corpus.rglob("*.txt"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "holds no text"), ("short", "6 training targets .* at most 6")])
+def test_corpus_smaller_than_a_row(text: str, message: str, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepare(find_files([tmp_path / "in"]), tmp_path / "out", ByteTokenizer(), seq_len=7, validation_percent=0.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"seq_len": 0}, {"validation_percent": 100.0}, {"max_bytes": 0}, {"rows_per_shard": -1}]
+)
+def test_settings_out_of_range(options: dict, corpus: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="--" + next(iter(options)).replace("_", "-")):
+        prepare(find_files([corpus]), tmp_path / "out", ByteTokenizer(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_kept_unless_told(corpus: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=16)
+    before = contents(out)
+    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
+        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32)
+    with pytest.raises(DataError, match="fewer than one row"):
+        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=10**6, overwrite=True)
+    assert contents(out) == before
+    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32, overwrite=True)
+    assert open_dataset(out).seq_len == 32
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_foreign_folder_is_never_replaced(corpus: Path, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="is not prepared data, so it is not replaced"):
+        prepare(find_files([corpus]), tmp_path, ByteTokenizer(), overwrite=True)
+    with pytest.raises(DataError, match="is not prepared data, so it is not replaced"):
+        prepare(find_files([corpus]), tmp_path / "thesis.tex", ByteTokenizer(), overwrite=True)
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_failed_exchange_brings_the_old_output_back(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=16)
+    before = contents(out)
+    rename = Path.rename
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(DataError, match="cannot be written .No space left"):
+        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32, overwrite=True)
+    assert contents(out) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_script(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "out"
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    run(
+        [
+            "--out",
+            str(out),
+            str(corpus),
+            str(tmp_path / "latin.txt"),
+            "--skip-bad",
+            "--seq-len",
+            "32",
+            "--include",
+            "*.txt",
+        ]
+    )
+    manifest = verify_dataset(out)
+    printed = capsys.readouterr().out
+    assert f"{manifest.splits['train'].documents:,} documents" in printed
+    assert "1 bad" in printed
+    assert "latin.txt" in printed
+    assert dataclasses.asdict(manifest)["sources"] == (str(corpus), str(tmp_path / "latin.txt"))
+    run(["--check", str(out)])
+    assert "intact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.txt"], ["nowhere.txt", "--tokenizer", "nowhere.json"], []])
+def test_script_fails_with_status_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main(run)
+    assert exit_info.value.code == 2
+    assert "error: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
