@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         blocks: Iterator[np.ndarray] = iter([row[: ends[0] + 1] if len(ends) else row])
     else:
         blocks = stream(model, params, tokens, **settings)
-    _show(prompt)
+    _show(tokenizer.decode(tokens))
     text, times, counts = TextStream(tokenizer), [], []
     for block in blocks:
         _show(text.push(block[block != tokenizer.eos_id]))

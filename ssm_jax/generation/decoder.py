@@ -16,7 +16,7 @@ from ssm_jax.models import LanguageModel, registry
 from ssm_jax.nn.state import LMState
 from ssm_jax.typing import Params, PyTree
 
-UNROLL_LIMIT = 2**30
+UNROLL_LIMIT = 2**31
 """Bytes of stacked layer parameters up to which a decoder holds a second, unstacked copy of them."""
 
 
@@ -31,12 +31,15 @@ class Decoder(NamedTuple):
     readout_DV: Float[Array, "D V"]
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def make_decoder(model: LanguageModel, params: Params) -> Decoder:
+def make_decoder(model: LanguageModel, params: Params, unroll_limit: int = UNROLL_LIMIT) -> Decoder:
     """The decoder of a model: its layers apart if they are small enough, its head laid out for row vectors."""
-    layers = params["layers"]
-    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers)) <= UNROLL_LIMIT:
-        layers = _unstack(layers, model.config.n_layers)
+    layer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
+    return _make_decoder(model, params, layer_bytes <= unroll_limit)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "apart"))
+def _make_decoder(model: LanguageModel, params: Params, apart: bool) -> Decoder:
+    layers = _unstack(params["layers"], model.config.n_layers) if apart else params["layers"]
     return Decoder({**params, "layers": layers}, model.readout(params).astype(model.config.dtype))
 
 

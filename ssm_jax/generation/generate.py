@@ -73,7 +73,7 @@ def generate(
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
-    settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key)
+    settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
     decoder = make_decoder(model, params)
     progress = begin(model, params, decoder, rows, settings, prefill_chunk)
     first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
@@ -91,6 +91,7 @@ def check_settings(
     top_p: float | None,
     eos_id: int | None,
     key: Key[Array, ""] | None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Settings:
     """The settings as arrays; raises GenerationError for one that is out of range."""
     vocab_size = model.config.vocab_size
@@ -106,6 +107,8 @@ def check_settings(
         raise GenerationError(
             f"eos_id is {eos_id}, outside the vocabulary of {vocab_size} tokens; give the tokenizer's."
         )
+    if prefill_chunk < 1:
+        raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
     if temperature > 0 and key is None:
         raise GenerationError("temperature > 0 draws at random and needs a key; pass key=jax.random.key(0).")
     return Settings(
@@ -126,7 +129,7 @@ def begin(
     model: LanguageModel,
     params: Params,
     decoder: Decoder,
-    prompts: list[Int32[np.ndarray, "L"]],
+    prompts: list[Int32[np.ndarray, "_"]],
     settings: Settings,
     prefill_chunk: int,
 ) -> Progress:
@@ -153,7 +156,7 @@ def _prefill(
     return state, jnp.where(present_B1, last_present(features_BLD, positions)[:, 0], features_BD)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model",))
 def _first_token(
     model: LanguageModel, decoder: Decoder, state: LMState, features_BD: Float[Array, "B D"], settings: Settings
 ) -> Progress:

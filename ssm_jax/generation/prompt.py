@@ -14,7 +14,7 @@ Prompts: TypeAlias = Any
 _SHORTEST = 16
 
 
-def check_prompts(prompts: Prompts, vocab_size: int) -> list[Int32[np.ndarray, "L"]]:
+def check_prompts(prompts: Prompts, vocab_size: int) -> list[Int32[np.ndarray, "_"]]:
     """The prompts as int32 arrays.
 
     Raises:
@@ -34,7 +34,7 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> list[Int32[np.ndarray, "
 
 
 def pieces(
-    prompts: Sequence[Int32[np.ndarray, "L"]], longest: int
+    prompts: Sequence[Int32[np.ndarray, "_"]], longest: int
 ) -> Iterator[tuple[Int32[np.ndarray, "B L"], Int32[np.ndarray, "B L"]]]:
     """(tokens, positions) of consecutive stretches of the prompts, absent places at position -1.
 

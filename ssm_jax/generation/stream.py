@@ -33,7 +33,7 @@ def stream(
         GenerationError: as ``generate``, before the first block.
     """
     rows = check_prompts([prompt], model.config.vocab_size)
-    settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key)
+    settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
 
     def blocks() -> Iterator[Int32[np.ndarray, "n"]]:
         decoder = make_decoder(model, params)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -153,7 +152,7 @@ def _placer(abstract: Params, shardings: Shardings | None) -> Callable[[str, np.
     if callable(shardings):
         shardings = shardings(abstract)
     if shardings is None:
-        return lambda leaf, array: jnp.asarray(array)
+        return lambda leaf, array: jax.device_put(array)
     one_for_all = isinstance(shardings, jax.sharding.Sharding)
     tree = jax.tree.map(lambda _: shardings, abstract) if one_for_all else shardings
     by_leaf = traverse_util.flatten_dict(tree, sep="/")

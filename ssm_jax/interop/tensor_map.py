@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from ssm_jax.errors import LayoutError
-from ssm_jax.interop.tensor import Tensor
+from ssm_jax.interop.tensor import Tensor, aligned_empty
 from ssm_jax.typing import Params
 
 
@@ -105,7 +105,7 @@ def to_params(
     _check(entries, tensors)
     placed = {}
     for entry in entries:
-        buffers = {part.leaf: np.empty(leaves[part.leaf].shape, leaves[part.leaf].dtype) for part, *_ in entry.parts}
+        buffers = {part.leaf: aligned_empty(leaves[part.leaf].shape, leaves[part.leaf].dtype) for part, *_ in entry.parts}
         for i, name in enumerate(entry.names):
             array, row = tensors[name].load(), 0
             for part, shape, block in entry.parts:
@@ -113,7 +113,8 @@ def to_params(
                 buffers[part.leaf][slot] = part.from_torch(array[row : row + block[0]], shape)
                 row += block[0]
         for leaf in list(buffers):
-            placed[leaf] = place(leaf, buffers.pop(leaf))
+            # Transfers are asynchronous and hold the host array until they are done.
+            placed[leaf] = jax.block_until_ready(place(leaf, buffers.pop(leaf)))
     return traverse_util.unflatten_dict({path: placed[path] for path in leaves}, sep="/")
 
 

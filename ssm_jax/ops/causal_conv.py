@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from ssm_jax.ops import dispatch
 from ssm_jax.typing import Lengths, Reset
@@ -99,42 +99,40 @@ def xla(
     taps, length = kernel.shape[0], x.shape[1]
     kernel, bias = kernel.astype(window.dtype), bias.astype(window.dtype)
     extended = jnp.concatenate([window, x.astype(window.dtype)], axis=1)
-    reaches = _reaches(reset, taps, length)
+    context = None if reset is None else _context(reset, taps)
     y = jnp.broadcast_to(bias, x.shape)
     for lag in range(taps):
         tap = taps - 1 - lag
-        y += kernel[tap] * _masked(extended[:, tap : tap + length], reaches and reaches[lag])
-    return _activate(y, activation).astype(x.dtype), _next_window(extended, reaches, lengths, taps, length)
+        y += kernel[tap] * _within(context, lag, extended[:, tap : tap + length])
+    return _activate(y, activation).astype(x.dtype), _next_window(extended, context, lengths, taps)
 
 
-def _reaches(reset: Array | None, taps: int, length: int) -> list[Bool[Array, "B L"]] | None:
-    """[lag][b, t]: token t and the one ``lag`` before it are of one document. Beyond the row the window decides."""
-    if reset is None:
-        return None
-    reaches = [jnp.ones_like(reset)]
+def _context(reset: Array, taps: int) -> Int[Array, "B L"]:
+    """How many of the K-1 tokens before each one are of its document; those before the row count, the window has them."""
+    context, unbroken = jnp.zeros(reset.shape, jnp.int32), jnp.ones_like(reset)
     for lag in range(1, taps):
-        starts = jnp.pad(reset, ((0, 0), (lag - 1, 0)))[:, :length]
-        reaches.append(reaches[-1] & ~starts)
-    return reaches
+        unbroken &= ~jnp.pad(reset, ((0, 0), (lag - 1, 0)))[:, : reset.shape[1]]
+        context += unbroken
+    return context
 
 
-def _masked(x: Array, mask: Array | None) -> Array:
-    return x if mask is None else jnp.where(mask[..., None], x, 0)
+def _within(context: Array | None, lag: int | Array, x: Array) -> Array:
+    """x where ``lag`` tokens back is still the same document, else zero."""
+    return x if context is None else jnp.where((lag <= context)[..., None], x, 0)
 
 
-def _next_window(extended: Array, reaches: list[Array] | None, lengths: Array | None, taps: int, length: int) -> Array:
-    """The K-1 inputs that end with the last present one; what lies ``lag`` before it counts if it is of its document."""
+def _next_window(extended: Array, context: Array | None, lengths: Array | None, taps: int) -> Array:
+    """The K-1 inputs that end with the last present one, of its document; the old window where none is present."""
     window = taps - 1
+    lags = jnp.arange(window)[::-1]
     if lengths is None:
-        mask = None if reaches is None else jnp.stack([reaches[lag][:, -1] for lag in reversed(range(window))], axis=1)
-        return _masked(extended[:, length:], mask)
+        return _within(None if context is None else context[:, -1:], lags, extended[:, extended.shape[1] - window :])
     rows = lengths[:, None] + jnp.arange(window)
-    kept = jnp.take_along_axis(extended, rows[..., None], axis=1)
-    if reaches is None:
-        return kept
-    last = jnp.maximum(lengths - 1, 0)[:, None]
-    mask = jnp.concatenate([jnp.take_along_axis(reaches[lag], last, axis=1) for lag in reversed(range(window))], axis=1)
-    return _masked(kept, mask | (lengths == 0)[:, None])
+    inputs = jnp.take_along_axis(extended, rows[..., None], axis=1)
+    if context is None:
+        return inputs
+    last = jnp.take_along_axis(context, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    return _within(jnp.where(lengths[:, None] == 0, window, last), lags, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

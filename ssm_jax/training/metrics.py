@@ -22,7 +22,7 @@ class Meter:
         """Leaves out the time since the last row (evaluation, saving)."""
         self._last = time.monotonic()
 
-    def row(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    def row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times are the same in every rerun."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
@@ -32,7 +32,7 @@ class Meter:
         times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds}
         return {"step": step, **values, "tokens": self.tokens, **times}
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, Any]:
         """The arguments that make this meter again."""
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 

@@ -28,9 +28,14 @@ LOGITS, STATES, LOSS, GRADIENTS = 1e-4, 5e-5, 1e-5, 1e-4
 
 
 class GoldenParity:
-    """Subclass with ``folders``, paths below tests/goldens, and ``published_states``."""
+    """Subclass with ``folders``, paths below tests/goldens, and ``published_states``.
+
+    ``same_in_other_layouts``: folders that hold the models of ``folders`` in another layout; there logits, states, loss and
+    gradients are compared, and the rest follows from them.
+    """
 
     folders: tuple[str, ...]
+    same_in_other_layouts: tuple[str, ...] = ()
 
     @staticmethod
     def published_states(layers: Any) -> dict[str, np.ndarray]:
@@ -46,18 +51,20 @@ class GoldenParity:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "folder" in metafunc.fixturenames:
             metafunc.parametrize("folder", self.folders)
+        if "any_folder" in metafunc.fixturenames:
+            metafunc.parametrize("any_folder", self.folders + self.same_in_other_layouts)
 
-    def test_logits_and_states(self, folder: str) -> None:
-        model, params, io = load_golden(folder)
+    def test_logits_and_states(self, any_folder: str) -> None:
+        model, params, io = load_golden(any_folder)
         logits, state = apply(model, params, io["input_ids"])
         assert_close(logits, io["logits"], LOGITS)
         self._assert_states(state, io)
 
-    def test_loss_and_every_gradient(self, folder: str) -> None:
-        model, params, io = load_golden(folder)
+    def test_loss_and_every_gradient(self, any_folder: str) -> None:
+        model, params, io = load_golden(any_folder)
         (loss, gradients) = _loss_and_gradients(model, params, io["input_ids"], io["labels"])
         assert_close(loss, io["loss"], LOSS)
-        layout = open_folder(GOLDENS / folder).layout
+        layout = open_folder(GOLDENS / any_folder).layout
         published = {name: tensor.load() for name, tensor in to_tensors(layout.tensors, gradients).items()}
         expected = {name.removeprefix("grad."): value for name, value in io.items() if name.startswith("grad.")}
         assert set(published) == set(expected)

@@ -282,11 +282,9 @@ def test_leaves_land_on_the_shardings_asked_for(tmp_path: Path, layout: str) -> 
 
 
 @pytest.mark.parametrize("layout", ["transformers", "mamba_ssm"])
-def test_the_host_holds_one_leaf_at_a_time(tmp_path: Path, layout: str) -> None:
-    model, params = small(vocab_size=512, d_model=256, n_layers=8, expand=2)
+def test_the_model_never_exists_twice(tmp_path: Path, layout: str) -> None:
+    model, params = small(vocab_size=512, d_model=256, n_layers=16, expand=1)
     size = 4 * ssm_jax.count_parameters(model.config)
-    largest = 4 * 8 * 256 * 2 * 512
-    assert largest < 0.6 * size
     tracemalloc.start()
     try:
         ssm_jax.save_pretrained(model, params, tmp_path / "m", layout, check=False)
@@ -298,8 +296,9 @@ def test_the_host_holds_one_leaf_at_a_time(tmp_path: Path, layout: str) -> None:
     finally:
         tracemalloc.stop()
     assert_same(read, params)
-    assert reading < largest * 1.2, "more than the largest leaf was on the host at once"
-    assert writing < largest * 0.5, "more than a few tensors of one layer were on the host at once"
+    # On a CPU the leaves that were read are host memory themselves.
+    assert reading < 1.25 * size, "more than the result was on the host"
+    assert writing < 0.25 * size, "more than a few tensors of one layer were on the host at once"
 
 
 def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -310,12 +309,12 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
         LayoutError, match=r"Layout 'transformer' cannot hold a mamba model; did you mean 'transformers'"
     ):
         ssm_jax.save_pretrained(model, params, tmp_path / "m", "transformer", check=False)
+    extra = jax.tree.map(lambda x: x, params)
+    extra["layers"]["mixer"]["in_proj"]["lora_a"] = jnp.ones((2, 16, 4))
     with pytest.raises(LayoutError, match=r"'layers/mixer/in_proj/lora_a'.*the model has no such parameter"):
-        extra = jax.tree.map(lambda x: x, params)
-        extra["layers"]["mixer"]["in_proj"]["lora_a"] = jnp.ones((2, 16, 4))
         ssm_jax.save_pretrained(model, extra, tmp_path / "m", check=False)
+    fewer = {key: value for key, value in params.items() if key != "norm_f"}
     with pytest.raises(LayoutError, match=r"'norm_f/scale' is missing"):
-        fewer = {key: value for key, value in params.items() if key != "norm_f"}
         ssm_jax.save_pretrained(model, fewer, tmp_path / "m", check=False)
     assert not list(tmp_path.iterdir())
 

@@ -1,47 +1,127 @@
-"""Stand-in by the lead so that others can run models; its owner replaces this file."""
+"""Mamba's selective scan: a diagonal recurrence whose step size, input and output maps depend on the token.
+
+Gu & Dao 2023, arXiv:2312.00752, section 3 and algorithm 2. ``reference`` is the sequential oracle, ``xla`` runs everywhere. A
+kernel registers a forward under "selective_scan" and a backward under "selective_scan_backward"; both see the same ``Inputs``,
+and the only thing kept between them, besides those, is the state that enters each chunk.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssm_jax.ops import dispatch
+from ssm_jax.ops.selective_scan import xla
+from ssm_jax.ops.selective_scan.inputs import Inputs
+from ssm_jax.ops.selective_scan.reference import reference
+from ssm_jax.typing import Lengths, Reset
+
+DEFAULT_CHUNK_SIZE = 32
+
+dispatch.register("selective_scan", "reference", reference)
+dispatch.register("selective_scan", "xla", xla.forward)
+dispatch.register("selective_scan_backward", "xla", xla.backward)
 
 
 def selective_scan(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    dt_bias=None,
-    state=None,
-    reset=None,
+    x_BLE: Float[Array, "B L E"],
+    dt_BLE: Float[Array, "B L E"],
+    A_EN: Float[Array, "E N"],
+    B_BLN: Float[Array, "B L N"],
+    C_BLN: Float[Array, "B L N"],
+    D_E: Float[Array, "E"] | None = None,
+    z_BLE: Float[Array, "B L E"] | None = None,
+    dt_bias_E: Float[Array, "E"] | None = None,
+    state: Float[Array, "B N E"] | None = None,
+    reset: Reset | None = None,
     *,
-    dt_softplus=True,
-    lengths=None,
-    implementation=None,
-    chunk_size=None,
-):
-    f = jnp.float32
-    dtype = x.dtype
-    x, dt, B, C = (v.astype(f) for v in (x, dt, B, C))
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
-        dt = jax.nn.softplus(dt)
-    if lengths is not None:
-        dt = jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], dt, 0.0)
-    r = jnp.zeros(x.shape[:2], bool) if reset is None else reset
-    h0 = jnp.zeros((x.shape[0], A.shape[1], A.shape[0]), f) if state is None else state
+    dt_softplus: bool = True,
+    lengths: Lengths | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B L E"], Float[Array, "B N E"]]:
+    """Runs the selective scan over axis 1.
 
-    def step(h, t):
-        x, dt, b, c, r = t
-        h = jnp.where(r[:, None, None], 0, jnp.exp(dt[:, None] * A.T) * h) + (dt * x)[:, None] * b[:, :, None]
-        return h, (h * c[:, :, None]).sum(1)
+        dt_t = softplus(dt_t + dt_bias)
+        h_t  = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t
+        y_t  = (sum_n C_t h_t + D x_t) * silu(z_t)
 
-    h, y = jax.lax.scan(step, h0, jax.tree.map(lambda v: v.swapaxes(0, 1), (x, dt, B, C, r)))
-    y = y.swapaxes(0, 1)
-    if D is not None:
-        y = y + D * x
-    if z is not None:
-        y = y * jax.nn.silu(z.astype(f))
-    return y.astype(dtype), h
+    Args:
+        A_EN: negative rates, one per channel and state entry.
+        D_E, z_BLE, dt_bias_E: left out where None.
+        state: h before the first token; zeros if None. Channels are its last, fast axis.
+        reset: True at the first token of a document: there h_t is its second term alone.
+        dt_softplus: whether ``dt_BLE + dt_bias_E`` goes through softplus, or is the step size itself.
+        lengths: present tokens per row; later ones leave the state alone (dt_t = 0) and their outputs mean nothing.
+        implementation: None for the best one of the platform, or a name.
+        chunk_size: tokens between two states that are kept for the backward pass. A matter of speed and memory only.
+
+    Returns:
+        y in x's dtype, and the state after the last present token. Everything between is float32 (float64 for float64 x).
+
+    Raises:
+        ImplementationError: ``implementation`` is named and cannot run here.
+    """
+    wide = jnp.promote_types(x_BLE.dtype, jnp.float32)
+    batch, length, channels = x_BLE.shape
+    if state is None:
+        state = jnp.zeros((batch, A_EN.shape[1], channels), wide)
+    if reset is not None and lengths is not None:
+        reset = reset & (jnp.arange(length) < lengths[:, None])
+    inputs = Inputs(
+        x_BLE,
+        dt_BLE,
+        A_EN.astype(wide).T,
+        B_BLN,
+        C_BLN,
+        None if D_E is None else D_E.astype(wide),
+        z_BLE,
+        None if dt_bias_E is None else dt_bias_E.astype(wide),
+        state.astype(wide),
+        reset,
+        lengths,
+    )
+    chunk_size = min(chunk_size or DEFAULT_CHUNK_SIZE, length)
+    if implementation == "reference":
+        y, last_state, _ = reference(inputs, dt_softplus=dt_softplus, chunk_size=chunk_size)
+        return y, last_state
+    return _differentiable(dt_softplus, chunk_size, implementation, inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(
+    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs
+) -> tuple[Array, Array]:
+    return _forward(dt_softplus, chunk_size, implementation, inputs)[0]
+
+
+def _forward(
+    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs
+) -> tuple[tuple[Array, Array], tuple[Inputs, Array]]:
+    y, state, chunk_states = dispatch.call(
+        "selective_scan", implementation, inputs, dt_softplus=dt_softplus, chunk_size=chunk_size
+    )
+    return (y, state), (inputs, chunk_states)
+
+
+def _backward(
+    dt_softplus: bool,
+    chunk_size: int,
+    implementation: str | None,
+    residuals: tuple[Inputs, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Inputs]:
+    return (
+        dispatch.call(
+            "selective_scan_backward",
+            implementation,
+            *residuals,
+            *cotangents,
+            dt_softplus=dt_softplus,
+            chunk_size=chunk_size,
+        ),
+    )
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -1,53 +1,114 @@
-"""Stand-in by the lead so that others can run models; its owner replaces this file."""
+"""Mamba-2's state space duality (SSD): a recurrence with one decay per head, which is also masked attention.
+
+Dao & Gu 2024, arXiv:2405.21060. ``reference`` is the sequential oracle, ``xla`` runs everywhere. A kernel registers a forward
+under "ssd" and a backward under "ssd_backward"; both see the same ``Inputs``, and nothing else is kept between them.
+"""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ssm_jax.ops import dispatch
+from ssm_jax.ops.linear_attention import default_chunk_size
+from ssm_jax.ops.ssd import xla
+from ssm_jax.ops.ssd.inputs import Inputs
+from ssm_jax.ops.ssd.reference import reference
+from ssm_jax.typing import Lengths, Reset
+
+dispatch.register("ssd", "reference", reference)
+dispatch.register("ssd", "xla", xla.forward)
+dispatch.register("ssd_backward", "xla", xla.backward)
+
+_Static = tuple[bool, tuple[float, float], int]
 
 
 def ssd(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D=None,
-    dt_bias=None,
-    state=None,
-    reset=None,
+    x_BLHP: Float[Array, "B L H P"],
+    dt_BLH: Float[Array, "B L H"],
+    A_H: Float[Array, "H"],
+    B_BLGN: Float[Array, "B L G N"],
+    C_BLGN: Float[Array, "B L G N"],
+    D_H: Float[Array, "H"] | None = None,
+    dt_bias_H: Float[Array, "H"] | None = None,
+    state: Float[Array, "B H N P"] | None = None,
+    reset: Reset | None = None,
     *,
-    dt_softplus=True,
-    dt_limit=(0.0, float("inf")),
-    lengths=None,
-    implementation=None,
-    chunk_size=None,
-):
-    f = jnp.float32
-    dtype = x.dtype
-    x, dt, B, C = (v.astype(f) for v in (x, dt, B, C))
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
-        dt = jax.nn.softplus(dt)
-    dt = jnp.clip(dt, *dt_limit)
-    H = x.shape[2]
-    G = B.shape[2]
-    if lengths is not None:
-        dt = jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], dt, 0.0)
-    r = jnp.zeros(x.shape[:2], bool) if reset is None else reset
-    B = jnp.repeat(B, H // G, 2)
-    C = jnp.repeat(C, H // G, 2)
-    h0 = jnp.zeros((x.shape[0], H, B.shape[-1], x.shape[-1]), f) if state is None else state
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    lengths: Lengths | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H N P"]]:
+    """Runs Mamba-2's recurrence over axis 1, per head:
 
-    def step(h, t):
-        x, dt, b, c, r = t
-        h = (
-            jnp.where(r[:, None, None, None], 0, jnp.exp(dt * A)[..., None, None] * h)
-            + b[..., None] * (dt[..., None] * x)[..., None, :]
-        )
-        return h, jnp.einsum("bhn,bhnp->bhp", c, h)
+        dt_t = clip(softplus(dt_t + dt_bias), *dt_limit)
+        h_t  = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T
+        y_t  = C_t^T h_t + D x_t
 
-    h, y = jax.lax.scan(step, h0, jax.tree.map(lambda v: v.swapaxes(0, 1), (x, dt, B, C, r)))
-    y = y.swapaxes(0, 1)
-    if D is not None:
-        y = y + D[:, None] * x
-    return y.astype(dtype), h
+    Args:
+        A_H: one negative rate per head.
+        B_BLGN, C_BLGN: shared by the heads of a group: head h uses group h // (H / G).
+        D_H, dt_bias_H: left out where None.
+        state: h before the first token; zeros if None.
+        reset: True at the first token of a document: there h_t is its second term alone.
+        dt_softplus: whether ``dt_BLH + dt_bias_H`` goes through softplus, or straight to the clip.
+        dt_limit: applied at every token, also where there is only one (the published single-token steps leave it out).
+        lengths: present tokens per row; later ones leave the state alone (dt_t = 0) and their outputs mean nothing.
+        implementation: None for the best one of the platform, or a name.
+        chunk_size: the most tokens in a chunk. A matter of speed and memory only.
+
+    Returns:
+        y in x's dtype, and the state after the last present token. Everything between is float32 (float64 for float64 x).
+
+    Raises:
+        ImplementationError: ``implementation`` is named and cannot run here.
+        ValueError: the groups do not divide the heads.
+    """
+    wide = jnp.promote_types(x_BLHP.dtype, jnp.float32)
+    batch, length, heads, values = x_BLHP.shape
+    groups, keys = B_BLGN.shape[2:]
+    if heads % groups:
+        raise ValueError(f"ssd: {groups} groups do not divide {heads} heads.")
+    if reset is not None and lengths is not None:
+        reset = reset & (jnp.arange(length) < lengths[:, None])
+    inputs = Inputs(
+        x_BLHP,
+        dt_BLH,
+        A_H.astype(wide),
+        B_BLGN,
+        C_BLGN,
+        None if D_H is None else D_H.astype(wide),
+        None if dt_bias_H is None else dt_bias_H.astype(wide),
+        jnp.zeros((batch, heads, keys, values), wide) if state is None else state.astype(wide),
+        reset,
+        lengths,
+    )
+    chunk_size = min(chunk_size or default_chunk_size(keys, values), length)
+    if implementation == "reference":
+        return reference(inputs, dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_size=chunk_size)
+    return _differentiable((dt_softplus, dt_limit, chunk_size), implementation, inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(static: _Static, implementation: str | None, inputs: Inputs) -> tuple[Array, Array]:
+    return dispatch.call("ssd", implementation, inputs, **_keywords(static))
+
+
+def _forward(static: _Static, implementation: str | None, inputs: Inputs) -> tuple[tuple[Array, Array], Inputs]:
+    return _differentiable(static, implementation, inputs), inputs
+
+
+def _backward(
+    static: _Static, implementation: str | None, inputs: Inputs, cotangents: tuple[Array, Array]
+) -> tuple[Inputs]:
+    return (dispatch.call("ssd_backward", implementation, inputs, *cotangents, **_keywords(static)),)
+
+
+def _keywords(static: _Static) -> dict[str, object]:
+    return dict(zip(("dt_softplus", "dt_limit", "chunk_size"), static, strict=True))
+
+
+_differentiable.defvjp(_forward, _backward)

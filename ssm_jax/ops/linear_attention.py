@@ -1,0 +1,285 @@
+"""Linear attention whose memory decays by one scalar per head and token, in chunks: the core that SSD and retention share.
+
+    S_t = exp(log_decay_t) S_{t-1} + gain_t k_t v_t^T        S: N x P per head, S_0 = ``state``
+    y_t = q_t^T S_t
+
+SSD is q = C, k = B, v = x, gain = dt, log_decay = dt A. Queries and keys belong to groups of heads.
+
+Inside a chunk y is masked attention, and the chunk adds one N x P update to the state; a pass over the chunks turns the updates
+into the states that enter them (Dao & Gu 2024, arXiv:2405.21060, section 6). Work and memory are linear in the length: with
+chunks of T tokens, L T scores and L/T states per head.
+
+The backward pass keeps the inputs alone. The states are cheaper to compute again than to store: they are N/T times as large
+as v. With W_ts = dy_t . v_s gain_s (q_t . k_s) decay_ts, the gradient of a log decay is the sum of everything that it scaled,
+
+    sum_{t >= r > s} W_ts  (pairs across r)  +  what the entering state gave to tokens from r on  +  what tokens before r gave,
+    and the entering state, to the leaving one,
+
+where the pairs across r come from the row and column sums of one and the same W, so that rounded matmuls cannot make them differ.
+
+What makes it fast on a CPU, where it was measured, besides large matmuls: sums over a product are written as einsums (a fused
+multiply and reduce is ten times slower there); cumulative sums are products with a triangular matrix (so that they are not
+computed again in every loop that uses them); what the states touch has the chunk axis first, so that no copy precedes the pass.
+
+Axes in this file: B lane, M chunk, T and S token of a chunk, G group, R head of a group, N key, P value, X = R * P.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Gradients = tuple[Array, Array, Array, Array, Array, Array, None]
+
+
+class _Chunks(NamedTuple):
+    """The inputs cut into chunks, and every decay in them. ``later_BMTS``: s >= t, of one document. BM may be 1, 1."""
+
+    q_BMGTN: Array
+    k_BMGTN: Array
+    v_BMGTRP: Array
+    gain_BMGTR: Array
+    pair_BMGRTS: Array
+    entry_BMGTR: Array
+    exit_BMGTR: Array
+    later_BMTS: Array
+    in_last_BMT: Array | None
+
+
+def default_chunk_size(keys: int, values: int) -> int:
+    """A power of two near sqrt(N P): there the T scores and the N P / T state entries of a token and head are in balance."""
+    return min(256, 2 ** math.ceil(math.log2(keys * values) / 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def linear_attention(
+    q_BLGN: Array,
+    k_BLGN: Array,
+    v_BLHP: Array,
+    gain_BLH: Array,
+    log_decay_BLH: Array,
+    state_BHNP: Array,
+    reset_BL: Array | None,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """y_BLHP and the last state_BHNP, both of the state's dtype, in which everything is computed.
+
+    Log decays are at most 0. Head h uses group h // (H / G). At ``reset`` the decay is 0, exactly. The result does not depend on
+    ``chunk_size``, the largest number of tokens in a chunk.
+    """
+    chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
+    q_MBGTN, k_MBGTN = _chunk_first(chunks.q_BMGTN), _chunk_first(chunks.k_BMGTN)
+    decay_MBGR = _chunk_first(chunks.entry_BMGTR[..., -1, :])
+    update_MBGNX = jnp.einsum("mbgtn,mbgtx->mbgnx", k_MBGTN, _to_exit(chunks))
+    entering_MBGNX, last_BGNX = _pass_states(decay_MBGR, update_MBGNX, _pack_state(state_BHNP, chunks))
+
+    scores_BMGTS = jnp.einsum("bmgtn,bmgsn->bmgts", chunks.q_BMGTN, chunks.k_BMGTN)
+    values_BMGRTP = jnp.swapaxes(chunks.v_BMGTRP * chunks.gain_BMGTR[..., None], 3, 4)
+    inner_BMGRTP = jnp.einsum("bmgrts,bmgrsp->bmgrtp", scores_BMGTS[:, :, :, None] * chunks.pair_BMGRTS, values_BMGRTP)
+    outer_MBGTX = jnp.einsum("mbgtn,mbgnx->mbgtx", q_MBGTN, entering_MBGNX)
+    outer_BMGTRP = _chunk_first(outer_MBGTX).reshape(chunks.v_BMGTRP.shape)
+    y_BMGTRP = outer_BMGTRP * chunks.entry_BMGTR[..., None] + jnp.swapaxes(inner_BMGRTP, 3, 4)
+    return _join(y_BMGTRP, v_BLHP), _unpack_state(last_BGNX, state_BHNP)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, gain: Array, log_decay: Array, state: Array, reset: Array | None, chunk_size: int
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
+    inputs = (q, k, v, gain, log_decay, state, reset)
+    return linear_attention(*inputs, chunk_size), inputs
+
+
+def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> Gradients:
+    q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, state_BHNP, reset_BL = inputs
+    dy_BLHP, dlast_BHNP = cotangents
+    chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
+    q, k, v, gain, pair, entry, exit_, later, in_last = chunks
+    dy_BMGTRP = _group(_split(dy_BLHP, *v.shape[1:4:2]), v.shape[2])
+
+    # The states again, and the gradients of the states that leave the chunks, from the last chunk to the first.
+    q_MBGTN, k_MBGTN = _chunk_first(q), _chunk_first(k)
+    decay_MBGR = _chunk_first(entry[..., -1, :])
+    to_exit_MBGTX = _to_exit(chunks)
+    from_entry_MBGTX = _chunk_first(_flat(dy_BMGTRP * entry[..., None]))
+    update_MBGNX = jnp.einsum("mbgtn,mbgtx->mbgnx", k_MBGTN, to_exit_MBGTX)
+    dupdate_MBGNX = jnp.einsum("mbgtn,mbgtx->mbgnx", q_MBGTN, from_entry_MBGTX)
+    entering_MBGNX, _ = _pass_states(decay_MBGR, update_MBGNX, _pack_state(state_BHNP, chunks))
+    dleaving_MBGNX, dstate_BGNX = _pass_states(decay_MBGR, dupdate_MBGNX, _pack_state(dlast_BHNP, chunks), reverse=True)
+
+    # Between the tokens of a chunk.
+    values_BMGRSP = jnp.swapaxes(v * gain[..., None], 3, 4)
+    dy_BMGRTP = jnp.swapaxes(dy_BMGTRP, 3, 4)
+    weights_BMGRTS = jnp.einsum("bmgtn,bmgsn->bmgts", q, k)[:, :, :, None] * pair
+    dweights_BMGRTS = jnp.einsum("bmgrtp,bmgrsp->bmgrts", dy_BMGRTP, values_BMGRSP)
+    dscores_BMGTS = jnp.einsum("bmgrts,bmgrts->bmgts", dweights_BMGRTS, pair)
+    dinner_BMGRSP = jnp.einsum("bmgrts,bmgrtp->bmgrsp", weights_BMGRTS, dy_BMGRTP)
+    rows_BMGRT = jnp.einsum("bmgrts,bmgrts->bmgrt", dweights_BMGRTS, weights_BMGRTS)
+    columns_BMGRS = jnp.einsum("bmgrts,bmgrts->bmgrs", dweights_BMGRTS, weights_BMGRTS)
+
+    # Between the tokens and the states at the ends of their chunk.
+    read_BMGTRP = _chunk_first(jnp.einsum("mbgtn,mbgnx->mbgtx", q_MBGTN, entering_MBGNX)).reshape(v.shape)
+    dwrite_BMGTRP = _chunk_first(jnp.einsum("mbgtn,mbgnx->mbgtx", k_MBGTN, dleaving_MBGNX)).reshape(v.shape)
+    read_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", read_BMGTRP, dy_BMGTRP) * entry
+    written_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", dwrite_BMGTRP, v) * exit_ * gain
+    kept_BMGR = _chunk_first(
+        jnp.einsum("mbgnrp,mbgnrp->mbgr", *(_heads(x, v) for x in (dleaving_MBGNX, entering_MBGNX)))
+    )
+
+    dq = _chunk_first(jnp.einsum("mbgtx,mbgnx->mbgtn", from_entry_MBGTX, entering_MBGNX))
+    dk = _chunk_first(jnp.einsum("mbgtx,mbgnx->mbgtn", to_exit_MBGTX, dleaving_MBGNX))
+    dq += jnp.einsum("bmgts,bmgsn->bmgtn", dscores_BMGTS, k)
+    dk += jnp.einsum("bmgts,bmgtn->bmgsn", dscores_BMGTS, q)
+    dvalues_BMGTRP = dwrite_BMGTRP * exit_[..., None] + jnp.swapaxes(dinner_BMGRSP, 3, 4)
+    dgain_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", v, dvalues_BMGTRP)
+
+    across_BMGTR = _sum_over(later, jnp.swapaxes(rows_BMGRT - columns_BMGRS, 3, 4) + read_BMGTR)
+    before_TS = np.tri(v.shape[3], k=-1)
+    into_exit_BMGTR = _sum_over(before_TS, written_BMGTR) + (kept_BMGR * entry[..., -1, :])[..., None, :]
+    if in_last is not None:
+        into_exit_BMGTR *= in_last[:, :, None, :, None]
+
+    return (
+        _join(dq, q_BLGN).astype(q_BLGN.dtype),
+        _join(dk, k_BLGN).astype(k_BLGN.dtype),
+        _join(dvalues_BMGTRP * gain[..., None], v_BLHP).astype(v_BLHP.dtype),
+        _join(dgain_BMGTR, gain_BLH).astype(gain_BLH.dtype),
+        _join(across_BMGTR + into_exit_BMGTR, log_decay_BLH).astype(log_decay_BLH.dtype),
+        _unpack_state(dstate_BGNX, state_BHNP),
+        None,
+    )
+
+
+linear_attention.defvjp(_forward, _backward)
+
+
+def _cut(
+    q: Array,
+    k: Array,
+    v: Array,
+    gain: Array,
+    log_decay: Array,
+    reset: Array | None,
+    chunk_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> _Chunks:
+    length, groups = q.shape[1:3]
+    chunks = -(-length // chunk_size)
+    tokens = -(-length // chunks)
+    tokens = min(chunk_size, -(-tokens // 8) * 8)
+    cut = functools.partial(_split, chunks=chunks, tokens=tokens)
+    q, k, v, gain, log_decay = (cut(x.astype(dtype)) for x in (q, k, v, gain, log_decay))
+    v, gain, log_decay = (_group(x, groups) for x in (v, gain, log_decay))
+
+    later = jnp.asarray(np.tri(tokens, dtype=bool).T)[None, None]
+    if reset is None:
+        pair, entry, exit_ = _decays(log_decay, jnp.swapaxes(later, 2, 3))
+        last = None
+    else:
+        document = _sum_over(np.tri(tokens), cut(reset.astype(dtype))[..., None])[..., 0]
+        first, last = document == 0, document == document[..., -1:]
+        later = later & (document[..., :, None] == document[..., None, :])
+        pair, entry, exit_ = _decays(log_decay, jnp.swapaxes(later, 2, 3))
+        entry *= first[:, :, None, :, None]
+        exit_ *= last[:, :, None, :, None]
+    return _Chunks(jnp.swapaxes(q, 2, 3), jnp.swapaxes(k, 2, 3), v, gain, pair, entry, exit_, later, last)
+
+
+def _decays(log_decay_BMGTR: Array, earlier_BMTS: Array) -> tuple[Array, Array, Array]:
+    """exp of the sums of log decays from token s to t, up to and including t, and after t.
+
+    A difference of two cumulative sums loses what is small in it when the sums are large. So the sums are taken of multiples
+    of 1/64, which are exact, and of the small rest. exp(-128) is 0, so nothing below needs to be represented.
+    """
+    tokens = log_decay_BMGTR.shape[3]
+    log_decay_BMGTR = jnp.maximum(log_decay_BMGTR, -128.0)
+    coarse = jnp.round(log_decay_BMGTR * 64) / 64
+    sums = (
+        jnp.einsum("bmgsr,st->bmgrt", x, np.tri(tokens).T.astype(x.dtype), precision=lax.Precision.HIGHEST)
+        for x in (coarse, log_decay_BMGTR - coarse)
+    )
+    coarse, rest = (x[..., :, None] - x[..., None, :] for x in sums)
+    pair_BMGRTS = jnp.exp(jnp.where(earlier_BMTS[:, :, None, None], coarse + rest, -jnp.inf))
+    entry_BMGTR = jnp.exp(_sum_over(np.tri(tokens), log_decay_BMGTR))
+    exit_BMGTR = jnp.exp(_sum_over(np.tri(tokens, k=-1).T, log_decay_BMGTR))
+    return pair_BMGRTS, entry_BMGTR, exit_BMGTR
+
+
+def _pass_states(
+    decay_MBGR: Array, update_MBGNX: Array, first_BGNX: Array, *, reverse: bool = False
+) -> tuple[Array, Array]:
+    """The states that enter the chunks, and the one after all: state <- decay * state + update."""
+    chunks = len(update_MBGNX)
+    first, last = (chunks - 1, 0) if reverse else (0, chunks - 1)
+    step = -1 if reverse else 1
+
+    def after(states: Array, m: Array | int, update: Array) -> Array:
+        state, decay = (lax.dynamic_index_in_dim(x, m, 0, keepdims=False) for x in (states, decay_MBGR))
+        state_BGNRP = state.reshape(*state.shape[:3], decay.shape[-1], -1)
+        return (state_BGNRP * decay[:, :, None, :, None]).reshape(state.shape) + update
+
+    def pass_one(i: Array, states: Array) -> Array:
+        m = first + step * i
+        update = lax.dynamic_index_in_dim(states, m, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(states, after(states, m - step, update), m, 0)
+
+    parts = [update_MBGNX[1:], first_BGNX[None]] if reverse else [first_BGNX[None], update_MBGNX[:-1]]
+    states_MBGNX = lax.fori_loop(1, chunks, pass_one, jnp.concatenate(parts))
+    return states_MBGNX, after(states_MBGNX, last, update_MBGNX[last])
+
+
+def _to_exit(chunks: _Chunks) -> Array:
+    """What each token adds to the state that leaves its chunk, before it is multiplied by its key."""
+    return _chunk_first(_flat(chunks.v_BMGTRP * (chunks.exit_BMGTR * chunks.gain_BMGTR)[..., None]))
+
+
+def _sum_over(mask_TS: Array | np.ndarray, x_BMSR: Array) -> Array:
+    """sum_s mask_ts x_s over the third axis from the end but one, exactly as in float32."""
+    if mask_TS.ndim == 4:
+        mask_TS = mask_TS[:, :, None]
+    return jnp.matmul(jnp.asarray(mask_TS, x_BMSR.dtype), x_BMSR, precision=lax.Precision.HIGHEST)
+
+
+def _split(x: Array, chunks: int, tokens: int) -> Array:
+    """[B, L, ...] -> [B, M, T, ...]. The last chunk is filled up with zeros: gain 0, decay 1."""
+    missing = chunks * tokens - x.shape[1]
+    if missing:
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], chunks, tokens, *x.shape[2:])
+
+
+def _group(x: Array, groups: int) -> Array:
+    """[B, M, T, H, ...] -> [B, M, G, T, R, ...]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:3], groups, x.shape[3] // groups, *x.shape[4:]), 2, 3)
+
+
+def _join(x: Array, like: Array) -> Array:
+    """[B, M, G, T, ...] -> [B, L, ...], as ``like``."""
+    x = jnp.swapaxes(x, 2, 3)
+    return x.reshape(x.shape[0], -1, *like.shape[2:])[:, : like.shape[1]]
+
+
+def _pack_state(x_BHNP: Array, chunks: _Chunks) -> Array:
+    lanes, _, keys, _ = x_BHNP.shape
+    groups, heads, width = (chunks.v_BMGTRP.shape[i] for i in (2, 4, 5))
+    return jnp.swapaxes(x_BHNP.reshape(lanes, groups, heads, keys, width), 2, 3).reshape(lanes, groups, keys, -1)
+
+
+def _unpack_state(x_BGNX: Array, like_BHNP: Array) -> Array:
+    x_BGNRP = x_BGNX.reshape(*x_BGNX.shape[:3], -1, like_BHNP.shape[-1])
+    return jnp.swapaxes(x_BGNRP, 2, 3).reshape(like_BHNP.shape)
+
+
+def _heads(x_MBGNX: Array, v_BMGTRP: Array) -> Array:
+    return x_MBGNX.reshape(*x_MBGNX.shape[:4], *v_BMGTRP.shape[4:])
+
+
+def _chunk_first(x: Array) -> Array:
+    return jnp.swapaxes(x, 0, 1)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], -1)

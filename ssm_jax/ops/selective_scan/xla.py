@@ -1,0 +1,297 @@
+"""The selective scan in plain JAX: sequential in time, parallel over lanes and channels, in the memory of one chunk.
+
+An associative scan would hold B * L * N * E decays and inputs, several times over. Here a loop over chunks contains a loop over
+tokens; nothing larger than one chunk of states exists, and only the state entering each chunk is kept for the backward pass, which
+computes the states of a chunk again. What makes it fast:
+
+* Decays are computed where they are used: an exponential costs less than loading it.
+* The backward pass stores p_t = exp(dt_t A) h_{t-1}, the state before the token's own input is added. With q_t, the gradient that
+  reaches h_t from later tokens, every gradient is a sum of products of p_t and g_t, taken while both are in cache:
+
+      g_t = q_t + dy_t C_t                     q_{t-1} = exp(dt_t A) g_t
+      d(dt_t x_t) = sum_n g_t B_t              dB_t = sum_e q_t dt_t x_t + C_t s_t
+      d(dt_t)    += sum_n g_t p_t A            dC_t = sum_e p_t dy_t     + B_t s_t,      s_t = sum_e dy_t dt_t x_t
+      dA         += dt_t g_t p_t
+
+* Sums over the state entries are written out entry by entry: vector code over channels.
+* Channels are split into groups, and sums over channels (dB, dC) stay one per group until all tokens are done. So a mesh that
+  splits the channels adds them up once, not once per token.
+
+Axes in this file: B lane, K chunk, T token of a chunk, S channel group, N state entry, E channel of a group.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ssm_jax.ops.selective_scan.inputs import Inputs, skip_and_gate, step_size
+
+MAX_GROUPS = 8
+
+
+class _Sequences(NamedTuple):
+    """Everything that has a time axis (axis 1), filled up to whole chunks; also one chunk of it."""
+
+    x_BTSE: Array
+    dt_BTSE: Array
+    z_BTSE: Array | None
+    B_BTN: Array
+    C_BTN: Array
+    reset_BT: Array | None
+    present_BT: Array | None
+
+
+class _Parameters(NamedTuple):
+    """D and dt_bias are repeated per lane: a mesh that splits the lanes adds their gradients up once, at the end."""
+
+    A_SNE: Array
+    D_B1SE: Array | None
+    dt_bias_B1SE: Array | None
+
+
+class _Token(NamedTuple):
+    """One token, with axes that broadcast against a state [B, S, N, E]."""
+
+    dt: Array
+    u: Array
+    B: Array
+    C: Array
+    reset: Array | None
+
+
+def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Array, Array, Array]:
+    """y_BLE, the last state_BNE, and the states_KBNE that enter the chunks."""
+    length = inputs.x_BLE.shape[1]
+    if length == 1:
+        return _one_token(inputs, dt_softplus=dt_softplus)
+    parameters, state, sequences = _group(inputs, chunk_size)
+    chunks = sequences.x_BTSE.shape[1] // chunk_size
+
+    def run_chunk(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        state, states, y = carry
+        states = lax.dynamic_update_index_in_dim(states, _ungroup_state(state), k, 0)
+        chunk = _chunk(sequences, k, chunk_size)
+        dt, u = _discretise(chunk.x_BTSE, chunk.dt_BTSE, parameters.dt_bias_B1SE, chunk.present_BT, dt_softplus)
+
+        def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            state, y = carry
+            token = _token(chunk, dt, u, t)
+            state = _decay(state, token, parameters.A_SNE) + token.u * token.B
+            y_t = _sum_over_entries(lambda n: state[:, :, n] * token.C[:, :, n], state.shape[2])
+            return state, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
+
+        state, y_chunk = lax.fori_loop(0, chunk_size, step, (state, jnp.zeros_like(u)))
+        y_chunk = skip_and_gate(y_chunk, chunk.x_BTSE, parameters.D_B1SE, chunk.z_BTSE).astype(y.dtype)
+        return state, states, lax.dynamic_update_slice_in_dim(y, y_chunk, k * chunk_size, 1)
+
+    states = jnp.zeros((chunks, *inputs.state_BNE.shape), state.dtype)
+    y = jnp.zeros_like(sequences.x_BTSE)
+    state, states, y = lax.fori_loop(0, chunks, run_chunk, (state, states, y))
+    return _ungroup(y)[:, :length], _ungroup_state(state), states
+
+
+def backward(
+    inputs: Inputs, states_KBNE: Array, d_y_BLE: Array, d_state_BNE: Array, *, dt_softplus: bool, chunk_size: int
+) -> Inputs:
+    """Gradients with respect to ``inputs``, from the states that entered the chunks; None for reset and lengths."""
+    parameters, state, sequences = _group(inputs, chunk_size)
+    A, length = parameters.A_SNE, inputs.x_BLE.shape[1]
+    groups, entries = A.shape[:2]
+    chunks = states_KBNE.shape[0]
+    d_y = _split_channels(_fill(d_y_BLE, chunk_size), groups)
+    sum_over_entries = functools.partial(_sum_over_entries, entries=entries)
+
+    def run_chunk(i: Array, carry: Any) -> Any:
+        q, p_T, d_sequences, d_parameters = carry
+        k = chunks - 1 - i
+        chunk = _chunk(sequences, k, chunk_size)
+        (dt, u), pull_dt_u = jax.vjp(
+            lambda x, dt, dt_bias: _discretise(x, dt, dt_bias, chunk.present_BT, dt_softplus),
+            chunk.x_BTSE,
+            chunk.dt_BTSE,
+            parameters.dt_bias_B1SE,
+        )
+
+        u_before, B_before = _shift(u), _shift(chunk.B_BTN)
+
+        def again(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            p, p_T, y = carry
+            token, before = _token(chunk, dt, u, t), _token(chunk._replace(B_BTN=B_before), dt, u_before, t)
+            p = _decay(p + before.u * before.B, token, A)
+            y_t = sum_over_entries(lambda n: (p[:, :, n] + token.u[:, :, 0] * token.B[:, :, n]) * token.C[:, :, n])
+            p_T = lax.dynamic_update_index_in_dim(p_T, p, t, 0)
+            return p, p_T, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
+
+        state = _split_state(lax.dynamic_index_in_dim(states_KBNE, k, keepdims=False), groups)
+        _, p_T, y = lax.fori_loop(0, chunk_size, again, (state, p_T, jnp.zeros_like(u)))
+        out, pull_out = jax.vjp(skip_and_gate, y, chunk.x_BTSE, parameters.D_B1SE, chunk.z_BTSE)
+        d_out = lax.dynamic_slice_in_dim(d_y, k * chunk_size, chunk_size, 1)
+        d_y_T, d_x, d_D, d_z = pull_out(d_out.astype(out.dtype))
+
+        def step(i: Array, carry: Any) -> Any:
+            q, d_A, d_tokens = carry
+            t = chunk_size - 1 - i
+            token = _token(chunk, dt, u, t)
+            p = lax.dynamic_index_in_dim(p_T, t, keepdims=False)
+            d_y_t = lax.dynamic_index_in_dim(d_y_T, t, 1)[:, 0, :, None]
+
+            def g(n: int) -> Array:
+                return q[:, :, n] + d_y_t[:, :, 0] * token.C[:, :, n]
+
+            d_token = (
+                sum_over_entries(lambda n: g(n) * p[:, :, n] * A[:, n]),
+                sum_over_entries(lambda n: g(n) * token.B[:, :, n]),
+                _sum_over_channels(q, token.u),
+                _sum_over_channels(p, d_y_t),
+            )
+            d_tokens = jax.tree.map(lambda d, d_t: lax.dynamic_update_index_in_dim(d, d_t, t, 1), d_tokens, d_token)
+            g_all = q + d_y_t * token.C
+            return _decay(g_all, token, A), d_A + token.dt * g_all * p, d_tokens
+
+        per_group = jnp.zeros((*u.shape[:3], entries), u.dtype)
+        d_tokens = (jnp.zeros_like(u), jnp.zeros_like(u), per_group, per_group)
+        q, d_A, (d_dt, d_u, d_B, d_C) = lax.fori_loop(0, chunk_size, step, (q, d_parameters.A_SNE, d_tokens))
+        s = jnp.sum(d_y_T * u, axis=-1, keepdims=True)
+        d_B += chunk.C_BTN[:, :, None] * s
+        d_C += chunk.B_BTN[:, :, None] * s
+        d_x_in, d_dt, d_dt_bias = pull_dt_u((d_dt, d_u))
+        d_chunk = _Sequences(d_x_in + d_x, d_dt, d_z, d_B, d_C, None, None)
+        d_sequences = jax.tree.map(
+            lambda d, d_k: lax.dynamic_update_slice_in_dim(d, d_k, k * chunk_size, 1), d_sequences, d_chunk
+        )
+        d_parameters = _Parameters(d_A, *jax.tree.map(jnp.add, d_parameters[1:], (d_D, d_dt_bias)))
+        return q, p_T, d_sequences, d_parameters
+
+    p_T = jnp.zeros((chunk_size, *state.shape), state.dtype)
+    per_group = jnp.zeros((*sequences.x_BTSE.shape[:3], entries), state.dtype)
+    d_sequences = jax.tree.map(jnp.zeros_like, sequences)._replace(
+        B_BTN=per_group, C_BTN=per_group, reset_BT=None, present_BT=None
+    )
+    d_parameters = jax.tree.map(jnp.zeros_like, parameters)._replace(A_SNE=jnp.zeros_like(state))
+    q, _, d_sequences, d_parameters = lax.fori_loop(
+        0, chunks, run_chunk, (_split_state(d_state_BNE, groups), p_T, d_sequences, d_parameters)
+    )
+
+    def sequence(d: Array | None) -> Array | None:
+        return None if d is None else _ungroup(d)[:, :length]
+
+    def parameter(d: Array | None) -> Array | None:
+        return None if d is None else d.sum((0, 1)).reshape(-1)
+
+    return Inputs(
+        x_BLE=sequence(d_sequences.x_BTSE),
+        dt_BLE=sequence(d_sequences.dt_BTSE),
+        A_NE=_ungroup_state(d_parameters.A_SNE.sum(0)),
+        B_BLN=d_sequences.B_BTN.sum(2)[:, :length].astype(inputs.B_BLN.dtype),
+        C_BLN=d_sequences.C_BTN.sum(2)[:, :length].astype(inputs.C_BLN.dtype),
+        D_E=parameter(d_parameters.D_B1SE),
+        z_BLE=sequence(d_sequences.z_BTSE),
+        dt_bias_E=parameter(d_parameters.dt_bias_B1SE),
+        state_BNE=_ungroup_state(q),
+        reset_BL=None,
+        lengths_B=None,
+    )
+
+
+def _one_token(inputs: Inputs, *, dt_softplus: bool) -> tuple[Array, Array, Array]:
+    """The decoding step, in closed form."""
+    wide = inputs.state_BNE.dtype
+    x, dt, B, C = (v[:, 0].astype(wide) for v in (inputs.x_BLE, inputs.dt_BLE, inputs.B_BLN, inputs.C_BLN))
+    z = None if inputs.z_BLE is None else inputs.z_BLE[:, 0].astype(wide)
+    present = None if inputs.lengths_B is None else inputs.lengths_B[:, None] > 0
+    dt = step_size(dt, inputs.dt_bias_E, present, softplus=dt_softplus)
+    state = jnp.exp(dt[:, None] * inputs.A_NE) * inputs.state_BNE
+    if inputs.reset_BL is not None:
+        state = jnp.where(inputs.reset_BL[:, :, None], 0.0, state)
+    state += B[:, :, None] * (dt * x)[:, None]
+    y = skip_and_gate(jnp.sum(state * C[:, :, None], axis=1), x, inputs.D_E, z)
+    return y[:, None].astype(inputs.x_BLE.dtype), state, inputs.state_BNE[None]
+
+
+def _discretise(x: Array, dt: Array, dt_bias: Array | None, present: Array | None, softplus: bool) -> tuple[Array, Array]:
+    """The step sizes and dt_t x_t, float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    present = None if present is None else present[:, :, None, None]
+    dt = step_size(dt.astype(wide), dt_bias, present, softplus=softplus)
+    return dt, dt * x
+
+
+def _decay(state: Array, token: _Token, A: Array) -> Array:
+    """exp(dt_t A) times the state (or, backwards, times its gradient), exactly 0 at the start of a document."""
+    decayed = jnp.exp(token.dt * A) * state
+    return decayed if token.reset is None else jnp.where(token.reset, 0.0, decayed)
+
+
+def _sum_over_entries(term: Callable[[int], Array], entries: int) -> Array:
+    return functools.reduce(jnp.add, map(term, range(entries)))
+
+
+def _sum_over_channels(state: Array, v: Array) -> Array:
+    """sum_e state_n v, per group."""
+    return jnp.einsum("bsne,bsoe->bsn", state, v, precision=lax.Precision.HIGHEST)
+
+
+def _chunk(sequences: _Sequences, k: Array, chunk_size: int) -> _Sequences:
+    return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, k * chunk_size, chunk_size, 1), sequences)
+
+
+def _token(chunk: _Sequences, dt: Array, u: Array, t: Array) -> _Token:
+    def at(v: Array) -> Array:
+        return lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
+
+    B, C = (at(v).astype(dt.dtype)[:, None, :, None] for v in (chunk.B_BTN, chunk.C_BTN))
+    reset = None if chunk.reset_BT is None else at(chunk.reset_BT)[:, None, None, None]
+    return _Token(at(dt)[:, :, None], at(u)[:, :, None], B, C, reset)
+
+
+def _group(inputs: Inputs, chunk_size: int) -> tuple[_Parameters, Array, _Sequences]:
+    """Channels split into groups, and the time axis filled up to whole chunks with absent tokens."""
+    batch, length, channels = inputs.x_BLE.shape
+    groups = math.gcd(channels, MAX_GROUPS)
+    split = functools.partial(_split_channels, groups=groups)
+
+    def per_lane(v: Array | None) -> Array | None:
+        return None if v is None else jnp.broadcast_to(split(v), (batch, 1, groups, channels // groups))
+
+    present = None
+    if inputs.lengths_B is not None or length % chunk_size:
+        lengths = jnp.full(batch, length) if inputs.lengths_B is None else inputs.lengths_B
+        present = jnp.arange(-(-length // chunk_size) * chunk_size) < lengths[:, None]
+    x, dt, z, B, C, reset = jax.tree.map(
+        functools.partial(_fill, chunk_size=chunk_size),
+        (inputs.x_BLE, inputs.dt_BLE, inputs.z_BLE, inputs.B_BLN, inputs.C_BLN, inputs.reset_BL),
+    )
+    sequences = _Sequences(split(x), split(dt), None if z is None else split(z), B, C, reset, present)
+    parameters = _Parameters(_split_state(inputs.A_NE, groups), per_lane(inputs.D_E), per_lane(inputs.dt_bias_E))
+    return parameters, _split_state(inputs.state_BNE, groups), sequences
+
+
+def _shift(v: Array) -> Array:
+    """What the token before had; zeros for the first one."""
+    return jnp.pad(v[:, :-1], [(0, 0), (1, 0), *[(0, 0)] * (v.ndim - 2)])
+
+
+def _fill(v: Array, chunk_size: int) -> Array:
+    fill = -v.shape[1] % chunk_size
+    return jnp.pad(v, [(0, 0), (0, fill), *[(0, 0)] * (v.ndim - 2)]) if fill else v
+
+
+def _split_channels(v: Array, groups: int) -> Array:
+    return v.reshape(*v.shape[:-1], groups, -1)
+
+
+def _split_state(v: Array, groups: int) -> Array:
+    return jnp.moveaxis(_split_channels(v, groups), -2, -3)
+
+
+def _ungroup(v: Array) -> Array:
+    return v.reshape(*v.shape[:-2], -1)
+
+
+def _ungroup_state(v: Array) -> Array:
+    return _ungroup(jnp.moveaxis(v, -3, -2))

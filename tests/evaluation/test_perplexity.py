@@ -1,0 +1,199 @@
+"""Scores against a float64 sum over plain logits; the script on prepared data."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ssm_jax
+from ssm_jax.config import main
+from ssm_jax.data.prepare import prepare
+from ssm_jax.data.shards import open_dataset
+from ssm_jax.data.sources import find_files
+from ssm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from ssm_jax.errors import DataError
+from ssm_jax.evaluation import evaluate, evaluate_baseline, evaluate_split, ngram
+from ssm_jax.evaluation.perplexity import _token_nll
+from ssm_jax.evaluation.split import byte_documents
+from tests.generation.tiny import FAMILIES, full_logits, tiny
+from train import evaluate as script
+
+LENGTH = 24
+
+
+def _batch(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two documents each, the last token of every document without a target, absent places at the end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 61, (rows, LENGTH)).astype(np.int32)
+    positions = np.tile(np.r_[np.arange(9), np.arange(11), [-1] * 4].astype(np.int32), (rows, 1))
+    weights = np.ones((rows, LENGTH), np.float32)
+    weights[:, [8, 19, 20, 21, 22, 23]] = 0
+    return {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": positions, "weights": weights}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_definition(family: str) -> None:
+    model, params = tiny(family)
+    batch = _batch(3)
+    total = 0.0
+    for row in range(3):
+        for start, end in ((0, 9), (9, 20)):
+            tokens = np.zeros((1, LENGTH), np.int32)
+            tokens[0, : end - start] = batch["tokens"][row, start:end]
+            logits = np.asarray(full_logits(model, params, tokens), np.float64)[0]
+            log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            total -= sum(log_p[i, batch["targets"][row, start + i]] for i in range(end - start - 1))
+    scores = evaluate(model, params, [batch], text_bytes=40)
+    assert scores["tokens"] == 3 * 18
+    assert scores["loss"] == pytest.approx(total / 54, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(total / 54), rel=1e-5)
+    assert scores["bits_per_token"] == pytest.approx(total / 54 / math.log(2), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / 40, rel=1e-5)
+    assert scores["bytes"] == 40
+
+
+def test_batching_does_not_matter_and_compiles_once_per_shape() -> None:
+    model, params = tiny("mamba")
+    whole = _batch(12)
+    expected = evaluate(model, params, [whole])
+    before = _token_nll._cache_size()
+    parts = [{name: array[i : i + 4] for name, array in whole.items()} for i in range(0, 12, 4)]
+    got = evaluate(model, params, iter(parts))
+    assert _token_nll._cache_size() == before + 1
+    assert got["tokens"] == expected["tokens"]
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_what_has_no_weight_has_no_influence() -> None:
+    model, params = tiny("mamba")
+    batch = _batch(2)
+    changed = {name: array.copy() for name, array in batch.items()}
+    changed["targets"][batch["weights"] == 0] = 17
+    changed["tokens"][batch["positions"] < 0] = 5
+    assert evaluate(model, params, [changed]) == evaluate(model, params, [batch])
+
+
+def test_fractional_weights_weigh() -> None:
+    model, params = tiny("mamba")
+    batch = _batch(2)
+    doubled = {**batch, "weights": batch["weights"] * np.array([[1.0], [3.0]], np.float32)}
+    each = [evaluate(model, params, [{k: v[i : i + 1] for k, v in batch.items()}])["loss"] for i in (0, 1)]
+    assert evaluate(model, params, [doubled])["loss"] == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-6)
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    model, params = tiny("mamba")
+    with pytest.raises(ValueError, match="no target"):
+        evaluate(model, params, [])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(12):
+        text = "".join(f"line {i} of {n} and {n * i}\n" for n in range(6 + i))
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    out = folder / "prepared"
+    held_out = find_files([folder / "10.txt", folder / "11.txt"])
+    prepare(
+        find_files([folder / f"{i}.txt" for i in range(10)]),
+        out,
+        load_tokenizer("bytes"),
+        seq_len=LENGTH,
+        validation_files=held_out,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def run_folder(prepared: Path) -> Path:
+    model, params = tiny("mamba", ByteTokenizer.vocab_size)
+    folder = prepared.parent / "run"
+    ssm_jax.save_pretrained(model, params, folder, layout="ssm_jax", tokenizer=ByteTokenizer())
+    (folder / "config.yaml").write_text(f"data: {{path: {prepared}}}\n", encoding="utf-8")
+    return folder
+
+
+def test_model_and_baseline_count_the_same_targets(prepared: Path) -> None:
+    held_out, tokenizer = open_dataset(prepared, "validation"), load_tokenizer(prepared)
+    text = b"".join((prepared.parent / f"{i}.txt").read_bytes() for i in (10, 11))
+    model, params = tiny("mamba", ByteTokenizer.vocab_size)
+    scores = evaluate_split(model, params, held_out, batch_size=4)
+    assert scores["tokens"] == len(text) + 2, "every byte and the end of both documents"
+    assert scores["bytes"] == len(text)
+    assert scores == pytest.approx(evaluate_split(model, params, held_out, batch_size=7), rel=1e-6)
+
+    documents = list(byte_documents(held_out, tokenizer))
+    assert sorted(len(document) - 1 for document in documents) == sorted(
+        len((prepared.parent / f"{i}.txt").read_bytes()) + 1 for i in (10, 11)
+    )
+    train = open_dataset(prepared, "train")
+    baseline = evaluate_baseline(train, held_out, tokenizer, 2)
+    expected = ngram.bits(ngram.fit(byte_documents(train, tokenizer), 2), documents) / len(text)
+    assert baseline == {"order": 2, "bits_per_byte": expected, "bytes": len(text)}
+    assert 0 < expected < 2
+
+
+def test_subword_data_is_scored_as_its_bytes(prepared: Path, tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train([str(prepared.parent / "5.txt")], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = prepared.parent
+    prepare(
+        find_files([source / f"{i}.txt" for i in range(10)]),
+        tmp_path / "subword",
+        load_tokenizer(tmp_path / "tokenizer.json"),
+        seq_len=LENGTH,
+        validation_files=find_files([source / "10.txt", source / "11.txt"]),
+    )
+
+    def baseline(path: Path) -> dict[str, float]:
+        return evaluate_baseline(open_dataset(path, "train"), open_dataset(path, "validation"), load_tokenizer(path))
+
+    assert baseline(tmp_path / "subword") == baseline(prepared)
+
+
+def test_the_script_writes_what_it_prints(
+    run_folder: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.run([str(run_folder), "--batch-size", "8", "--json", str(tmp_path / "scores.json")])
+    printed = capsys.readouterr().out
+    scores = json.loads((run_folder / "eval.json").read_text())
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert (scores["split"], scores["step"]) == ("validation", 0)
+    model, params = tiny("mamba", ByteTokenizer.vocab_size)
+    expected = evaluate_split(model, params, open_dataset(prepared, "validation"))
+    assert scores["model"] == pytest.approx(expected, rel=1e-6)
+    assert f"{expected['bits_per_byte']:.4f}" in printed
+    assert f"{scores['baseline']['bits_per_byte']:.4f}" in printed
+
+
+def test_the_script_refuses_what_does_not_fit(
+    run_folder: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def error(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["evaluate", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main(script.run)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert "has no split 'test'" in error(str(run_folder), "--split", "test")
+    (tmp_path / "tokenizer").mkdir()
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    assert "name prepared data with --data" in error(str(tmp_path))
+    with pytest.raises(DataError, match="has 257 token ids and the model 61"):
+        evaluate_split(*tiny("mamba"), open_dataset(prepared, "validation"))

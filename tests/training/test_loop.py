@@ -1,0 +1,166 @@
+"""Whole runs on real files: what a run leaves, and that one which stopped and went on is the one that never stopped."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ssm_jax
+from ssm_jax import checkpoint, config
+from ssm_jax.data.pipeline import evaluation_batches
+from ssm_jax.data.shards import open_dataset
+from ssm_jax.data.tokenizers import load_tokenizer
+from ssm_jax.training import load_run_config, saving, train
+from ssm_jax.training import run as run_lib
+from ssm_jax.training import state as state_lib
+from ssm_jax.training.progress import TrainingProgress
+from tests.training.conftest import Overrides, Run
+
+TIMES = ("seconds", "step_s", "tokens_per_s")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGTERM comes when the metrics of ``step`` are read."""
+    update = TrainingProgress.update
+
+    def update_and_signal(self: TrainingProgress, row: dict[str, Any]) -> None:
+        update(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "update", update_and_signal)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def final_arrays(folder: Path) -> list[np.ndarray]:
+    """Every array of the last checkpoint: parameters, moments, counts, key."""
+    run = run_lib.prepare(load_run_config(folder / "config.yaml", []))
+    restored = saving.restore(folder, *state_lib.abstract(run.model, run.config.optim, run.mesh))
+    assert restored is not None
+    return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in jax.tree.leaves(restored[:2])]
+
+
+def is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert rows(a) == rows(b)
+    arrays_a, arrays_b = final_arrays(a), final_arrays(b)
+    assert len(arrays_a) > 30
+    for x, y in zip(arrays_a, arrays_b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def straight(overrides: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    train(load_run_config(None, overrides(folder)))
+    return folder
+
+
+def test_a_run_leaves_everything_behind(straight: Path, data: Path) -> None:
+    training = [row for row in rows(straight) if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert [row["step"] for row in rows(straight) if "eval/loss" in row] == [3, 6]
+    assert checkpoint.steps(straight / "checkpoints") == [4, 6]
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["finished"]
+    assert (summary["steps"], summary["total_steps"]) == (6, 6)
+    assert summary["tokens"] == training[-1]["tokens"] <= 6 * 8 * 32
+    model, params = checkpoint.load_model(straight)
+    assert (
+        summary["parameters"]
+        == sum(leaf.size for leaf in jax.tree.leaves(params))
+        == ssm_jax.count_parameters(model.config)
+    )
+    assert summary["memory"]["step_temp_bytes"] > 0
+    assert load_tokenizer(straight / "tokenizer").fingerprint == load_tokenizer(data).fingerprint
+    saved = config.read_yaml(straight / "config.yaml")
+    assert saved["model"]["vocab_size"] == 257
+    assert load_run_config(straight / "config.yaml", []).data.seq_len == 32
+
+
+def test_evaluation_is_bits_per_byte_of_the_held_out_text(straight: Path, data: Path) -> None:
+
+    held_out = open_dataset(data, "validation")
+    model, params = checkpoint.load_model(straight)
+    total = weight = 0.0
+    for batch in itertools.islice(evaluation_batches(held_out, batch_size=8), 2):
+        tokens, positions = jnp.asarray(batch["tokens"]), jnp.asarray(batch["positions"])
+        logits, _ = model.apply({"params": params}, tokens, positions=positions)
+        nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], 2)[..., 0]
+        total += float(np.sum(nll * batch["weights"]))
+        weight += float(np.sum(batch["weights"]))
+    last = rows(straight)[-1]
+    assert last["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
+    split = held_out.split
+    assert last["eval/bits_per_byte"] == pytest.approx(
+        total / weight / math.log(2) * split.targets / split.text_bytes, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_stopped_and_went_on_is_the_run_that_did_not(
+    run: Run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    stop_at(step, monkeypatch)
+    assert not run()["finished"]
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    stopped_at = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert step <= stopped_at < 6
+    assert run()["finished"]
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_a_killed_process_goes_on_bit_for_bit(overrides: Overrides, straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-W", "error", "-m", "train.pretrain", *overrides(folder)]
+
+    def begin() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    process = begin()
+    while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "the same command goes on" in output
+    assert len(rows(folder)) < len(rows(straight))
+    process = begin()
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same_run(folder, straight)
+
+
+def test_another_mesh_may_go_on(run: Run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(3, monkeypatch)
+    run()
+    monkeypatch.undo()
+    run(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    ours, theirs = rows(tmp_path / "run"), rows(straight)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert [a[key] for key in a if "loss" in key] == pytest.approx([b[key] for key in b if "loss" in key], rel=1e-5)
