@@ -34,7 +34,7 @@ def evaluate_split(
 
 def evaluate_baseline(
     train: PackedDataset, held_out: PackedDataset, tokenizer: Tokenizer, order: int = 3
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Bits per byte on ``held_out`` of the order-``order`` byte model (see ngram.py) of ``train``.
 
     Every byte and every end mark of the same documents counts, divided by the bytes alone: what ``evaluate_split`` measures.

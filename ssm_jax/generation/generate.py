@@ -134,11 +134,15 @@ def begin(
     prefill_chunk: int,
 ) -> Progress:
     """Reads the prompts and chooses the first new token of each lane."""
-    state = model.init_state(len(prompts))
-    features_BD = jnp.zeros((len(prompts), model.config.d_model), model.config.dtype)
+    state, features_BD = _nothing_read(model, len(prompts))
     for tokens, positions in pieces(prompts, prefill_chunk):
         state, features_BD = _prefill(model, params, tokens, positions, state, features_BD)
     return _first_token(model, decoder, state, features_BD, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch"))
+def _nothing_read(model: LanguageModel, batch: int) -> tuple[LMState, Float[Array, "B D"]]:
+    return model.init_state(batch), jnp.zeros((batch, model.config.d_model), model.config.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state", "features_BD"))

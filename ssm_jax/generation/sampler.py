@@ -61,12 +61,15 @@ def top_k_mask(logits_BV: Float[Array, "B V"], k: Int[Array, ""]) -> Bool[Array,
 
 
 def top_p_mask(logits_BV: Float[Array, "B V"], p: Scalar) -> Bool[Array, "B V"]:
-    """True for the smallest set of most likely tokens of total probability >= ``p``, and for ties with its last one."""
+    """True for the smallest set of most likely tokens of total probability >= ``p``, and for ties with its last one.
+
+    ``p`` = 1 keeps every token, also those that are lost in the rounding of the total.
+    """
     ranks_BV, probabilities_BV = _ranks(logits_BV), jax.nn.softmax(logits_BV, axis=-1)
 
     def enough(least_B1: UInt32[Array, "B 1"]) -> Bool[Array, "B 1"]:
         kept_BV = jnp.where(ranks_BV >= least_B1, probabilities_BV, 0.0)
-        return jnp.sum(kept_BV, axis=-1, keepdims=True) >= p
+        return (jnp.sum(kept_BV, axis=-1, keepdims=True) >= p) & (p < 1)
 
     return ranks_BV >= _largest(enough, logits_BV.shape[0])
 

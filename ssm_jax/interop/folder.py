@@ -94,19 +94,24 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling to write into, which takes the place of ``path`` when the block ends without an error."""
+    """A temporary sibling to write into, which takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        LayoutError: ``path`` is taken, or the file system refuses.
+    """
+    path = path.absolute()
     refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.parent / f".{path.name}.{kind}-{os.getpid()}" for kind in ("writing", "old"))
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except OSError as error:
+        raise LayoutError(f"{path} could not be written ({error.strerror or error}); nothing was changed.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -105,7 +105,9 @@ def to_params(
     _check(entries, tensors)
     placed = {}
     for entry in entries:
-        buffers = {part.leaf: aligned_empty(leaves[part.leaf].shape, leaves[part.leaf].dtype) for part, *_ in entry.parts}
+        buffers = {
+            part.leaf: aligned_empty(leaves[part.leaf].shape, leaves[part.leaf].dtype) for part, *_ in entry.parts
+        }
         for i, name in enumerate(entry.names):
             array, row = tensors[name].load(), 0
             for part, shape, block in entry.parts:

@@ -115,26 +115,24 @@ def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> 
     dy_BMGRTP = jnp.swapaxes(dy_BMGTRP, 3, 4)
     weights_BMGRTS = jnp.einsum("bmgtn,bmgsn->bmgts", q, k)[:, :, :, None] * pair
     dweights_BMGRTS = jnp.einsum("bmgrtp,bmgrsp->bmgrts", dy_BMGRTP, values_BMGRSP)
-    dscores_BMGTS = jnp.einsum("bmgrts,bmgrts->bmgts", dweights_BMGRTS, pair)
+    dscores_BMGTS = _reduce("bmgrts,bmgrts->bmgts", dweights_BMGRTS, pair)
     dinner_BMGRSP = jnp.einsum("bmgrts,bmgrtp->bmgrsp", weights_BMGRTS, dy_BMGRTP)
-    rows_BMGRT = jnp.einsum("bmgrts,bmgrts->bmgrt", dweights_BMGRTS, weights_BMGRTS)
-    columns_BMGRS = jnp.einsum("bmgrts,bmgrts->bmgrs", dweights_BMGRTS, weights_BMGRTS)
+    rows_BMGRT = _reduce("bmgrts,bmgrts->bmgrt", dweights_BMGRTS, weights_BMGRTS)
+    columns_BMGRS = _reduce("bmgrts,bmgrts->bmgrs", dweights_BMGRTS, weights_BMGRTS)
 
     # Between the tokens and the states at the ends of their chunk.
     read_BMGTRP = _chunk_first(jnp.einsum("mbgtn,mbgnx->mbgtx", q_MBGTN, entering_MBGNX)).reshape(v.shape)
     dwrite_BMGTRP = _chunk_first(jnp.einsum("mbgtn,mbgnx->mbgtx", k_MBGTN, dleaving_MBGNX)).reshape(v.shape)
-    read_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", read_BMGTRP, dy_BMGTRP) * entry
-    written_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", dwrite_BMGTRP, v) * exit_ * gain
-    kept_BMGR = _chunk_first(
-        jnp.einsum("mbgnrp,mbgnrp->mbgr", *(_heads(x, v) for x in (dleaving_MBGNX, entering_MBGNX)))
-    )
+    read_BMGTR = _reduce("bmgtrp,bmgtrp->bmgtr", read_BMGTRP, dy_BMGTRP) * entry
+    written_BMGTR = _reduce("bmgtrp,bmgtrp->bmgtr", dwrite_BMGTRP, v) * exit_ * gain
+    kept_BMGR = _chunk_first(_reduce("mbgnrp,mbgnrp->mbgr", *(_heads(x, v) for x in (dleaving_MBGNX, entering_MBGNX))))
 
     dq = _chunk_first(jnp.einsum("mbgtx,mbgnx->mbgtn", from_entry_MBGTX, entering_MBGNX))
     dk = _chunk_first(jnp.einsum("mbgtx,mbgnx->mbgtn", to_exit_MBGTX, dleaving_MBGNX))
     dq += jnp.einsum("bmgts,bmgsn->bmgtn", dscores_BMGTS, k)
     dk += jnp.einsum("bmgts,bmgtn->bmgsn", dscores_BMGTS, q)
     dvalues_BMGTRP = dwrite_BMGTRP * exit_[..., None] + jnp.swapaxes(dinner_BMGRSP, 3, 4)
-    dgain_BMGTR = jnp.einsum("bmgtrp,bmgtrp->bmgtr", v, dvalues_BMGTRP)
+    dgain_BMGTR = _reduce("bmgtrp,bmgtrp->bmgtr", v, dvalues_BMGTRP)
 
     across_BMGTR = _sum_over(later, jnp.swapaxes(rows_BMGRT - columns_BMGRS, 3, 4) + read_BMGTR)
     before_TS = np.tri(v.shape[3], k=-1)
@@ -234,6 +232,10 @@ def _pass_states(
 def _to_exit(chunks: _Chunks) -> Array:
     """What each token adds to the state that leaves its chunk, before it is multiplied by its key."""
     return _chunk_first(_flat(chunks.v_BMGTRP * (chunks.exit_BMGTR * chunks.gain_BMGTR)[..., None]))
+
+
+_reduce = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+"""Sums over products, not matmuls: float32 everywhere."""
 
 
 def _sum_over(mask_TS: Array | np.ndarray, x_BMSR: Array) -> Array:

@@ -14,7 +14,9 @@ import ssm_jax
 from ssm_jax.interop.folder import read_json
 from ssm_jax.interop.layouts import writable
 from ssm_jax.interop.layouts.transformers import quiet
+from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.interop.tensor_map import to_tensors
+from ssm_jax.models import LanguageModel
 from ssm_jax.models.registry import family_name
 from ssm_jax.typing import Params
 from tests.conformance.compare import assert_close
@@ -28,9 +30,14 @@ class TransformersParity:
     configs: dict[str, Any]
 
     @pytest.fixture(autouse=True)
-    def _exact_products(self) -> Iterator[None]:
+    def _exact_products_on_one_thread(self) -> Iterator[None]:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # tensors this small only wait for each other's threads
         with jax.default_matmul_precision("highest"):
             yield
+        torch.set_num_threads(threads)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "config" in metafunc.fixturenames:
@@ -99,15 +106,15 @@ class TransformersParity:
 
 
 @functools.cache
-def random_model(config: Any) -> tuple[ssm_jax.models.LanguageModel, Params]:
-    """Initial parameters moved by noise, so that no parameter is trivial and logits are of size 1 to 10."""
-    model = ssm_jax.build(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return model, treedef.unflatten(
-        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+def random_model(config: Any) -> tuple[LanguageModel, Params]:
+    """Seeded numbers in every leaf, none at a trivial value, with logits of size 1 to 10."""
+    centres = {"scale": 1.0, "D": 1.0, "A_log": 1.0, "dt_bias": -2.0}
+    model, rng = ssm_jax.build(config), np.random.default_rng(0)
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(centres.get(path[-1].key, 0.0) + 0.3 * rng.normal(size=shape.shape), shape.dtype)
+
+    return model, jax.tree.map_with_path(leaf, abstract_params(model))
 
 
 @functools.partial(jax.jit, static_argnames="model")

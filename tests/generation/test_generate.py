@@ -46,29 +46,24 @@ def test_greedy_tokens_are_those_of_full_passes(family: str) -> None:
         np.testing.assert_array_equal(choices[row, len(prompt) - 1 : len(prompt) + 23], new[row])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unequal_prompts_give_what_each_gives_alone(family: str) -> None:
-    for row in (0, 2, 3):
-        np.testing.assert_array_equal(generate(*tiny(family), [PROMPTS[row]], 24)[0], _greedy(family)[row])
-    np.testing.assert_array_equal(generate(*tiny(family), PROMPTS[:1], 24, **DRAWN)[0], _drawn(family)[0])
+def test_a_row_is_what_its_prompt_gives_alone() -> None:
+    model, params = tiny("mamba")
+    np.testing.assert_array_equal(generate(model, params, [PROMPTS[2]], 24)[0], _greedy("mamba")[2])
+    np.testing.assert_array_equal(generate(model, params, PROMPTS[:1], 24, **DRAWN)[0], _drawn("mamba")[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_read_in_chunks_give_the_same(family: str) -> None:
-    for chunk in (1, 16, 23):
-        np.testing.assert_array_equal(
-            generate(*tiny(family), PROMPTS, 24, prefill_chunk=chunk, **DRAWN), _drawn(family)
-        )
+@pytest.mark.parametrize(("family", "chunk"), [("mamba", 1), ("mamba", 16), ("mamba", 23), ("mamba2", 16)])
+def test_prompts_read_in_chunks_give_the_same(family: str, chunk: int) -> None:
+    np.testing.assert_array_equal(generate(*tiny(family), PROMPTS, 24, prefill_chunk=chunk), _greedy(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generating_goes_on_where_it_stopped(family: str) -> None:
-    prompts = [[*prompt, *new[:9]] for prompt, new in zip(PROMPTS, _greedy(family), strict=True)]
-    np.testing.assert_array_equal(generate(*tiny(family), prompts, 15), _greedy(family)[:, 9:])
+def test_generating_goes_on_where_it_stopped() -> None:
+    prompts = [[*prompt, *new[:9]] for prompt, new in zip(PROMPTS, _greedy("mamba"), strict=True)]
+    np.testing.assert_array_equal(generate(*tiny("mamba"), prompts, 15), _greedy("mamba")[:, 9:])
 
 
 def test_fewer_tokens_are_a_prefix() -> None:
-    for count in (1, 2, 17):
+    for count in (1, 18, 23):
         np.testing.assert_array_equal(generate(*tiny("mamba"), PROMPTS, count, **DRAWN), _drawn("mamba")[:, :count])
 
 
@@ -152,11 +147,15 @@ def test_layers_apart_and_stacked_layers_step_alike(family: str) -> None:
     assert_close(results[1], results[0], 1e-5)
 
 
-def test_half_precision_and_sharded_parameters() -> None:
+def test_half_precision() -> None:
     model, params = tiny("mamba")
     half = model.clone(config=type(model.config)(**{**vars(model.config), "dtype": "bfloat16"}))
     new = generate(half, params, PROMPTS, 24)
     assert np.mean(new[:, 0] == _greedy("mamba")[:, 0]) >= 0.6
+
+
+def test_sharded_parameters() -> None:
+    model, params = tiny("mamba")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
 
     def shard(leaf: jax.Array) -> jax.Array:

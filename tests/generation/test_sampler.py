@@ -49,7 +49,7 @@ def test_top_p_keeps_what_a_sort_keeps(logits: np.ndarray, p: float) -> None:
 
 def test_a_probability_of_one_keeps_every_token() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 1000)).astype(np.float32) * 5
-    assert np.asarray(_top_p(logits, jnp.float32(1.0))).sum(axis=-1).min() >= 999
+    assert np.asarray(_top_p(logits, jnp.float32(1.0))).all()
 
 
 def test_a_draw_is_the_argmax_of_noisy_logits_within_both_masks() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ssm_jax
 from ssm_jax.models import LanguageModel
@@ -16,12 +17,11 @@ FAMILIES = tuple(FIELDS)
 
 @functools.cache
 def tiny(family: str, vocab_size: int = VOCAB) -> tuple[LanguageModel, Any]:
-    """A model of two layers whose parameters were moved by noise, so that its greedy text does not repeat one token."""
+    """A model of two layers with random parameters of a size at which its greedy text does not repeat one token."""
     model = ssm_jax.build(family, vocab_size=vocab_size, d_model=16, n_layers=2, **FIELDS[family])
-    leaves, treedef = jax.tree.flatten(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return model, treedef.unflatten(noisy)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -1,6 +1,6 @@
 """Causal convolution against its oracle, and against the textbook's definition in numpy."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +9,14 @@ import pytest
 
 from ssm_jax.ops.causal_conv import causal_conv
 from tests.conformance.jaxpr import array_sizes
-from tests.conformance.op import Arrays, Call, RaggedOpConformance
+from tests.conformance.op import Arrays, RaggedOpConformance
 
 
 class TestSilu(RaggedOpConformance):
-    op = staticmethod(causal_conv)
+    op = staticmethod(functools.partial(causal_conv, activation="silu"))
     sequences = ("x_BLD",)
     output = "x_BLD"
     taps = 4
-
-    def call(self, **static: Any) -> Call:
-        return super().call(activation="silu", **static)
-
-    def call_in_pieces(self, pieces: tuple[int, ...], **static: Any) -> Call:
-        return super().call_in_pieces(pieces, activation="silu", **static)
-
-    def call_separately(self, documents: tuple[int, ...], **static: Any) -> Call:
-        return super().call_separately(documents, activation="silu", **static)
 
     def inputs(self, rng: np.random.Generator, batch: int, length: int) -> Arrays:
         return {

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 import ssm_jax
-from ssm_jax import checkpoint, config
+from ssm_jax import checkpoint, config, optim
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import open_dataset
 from ssm_jax.data.tokenizers import load_tokenizer
-from ssm_jax.training import load_run_config, saving, train
+from ssm_jax.errors import UserError
+from ssm_jax.training import load_run_config, loop, saving, train
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.progress import TrainingProgress
@@ -164,3 +165,77 @@ def test_another_mesh_may_go_on(run: Run, straight: Path, tmp_path: Path, monkey
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         assert [a[key] for key in a if "loss" in key] == pytest.approx([b[key] for key in b if "loss" in key], rel=1e-5)
+
+
+def test_nothing_compiles_and_nothing_piles_up_after_the_second_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update, compiled, alive = TrainingProgress.update, [], []
+
+    def count(self: TrainingProgress, row: dict[str, Any]) -> None:
+        update(self, row)
+        compiled.append(sum("Finished XLA compilation" in record.message for record in caplog.records))
+        alive.append(len(jax.live_arrays()))
+
+    monkeypatch.setattr(TrainingProgress, "update", count)
+    with jax.log_compiles():
+        run(train__steps=12, eval__every=0, checkpoint__every=0)
+    assert compiled[0] > 0
+    assert len(set(compiled[1:])) == 1
+    assert len(set(alive[1:-1])) == 1
+
+
+def test_a_time_budget_decides_the_length_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"train__steps": None, "train__time_budget_s": 0.5, "optim__warmup_steps": 0, "optim__warmup_ratio": 0.5}
+    stop_at(1, monkeypatch)
+    total = run(**settings)["total_steps"]
+    assert total > 3
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "_steps_in_budget", lambda *_: pytest.fail("measured again"))
+    ended = run(**settings)
+    assert ended["finished"]
+    assert ended["steps"] == total
+    rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
+    warmup = round(total * 0.5)
+    assert rates[0] == pytest.approx(0.01 / warmup, rel=1e-5)
+    assert rates[-1] == pytest.approx(1e-5, rel=1e-5)
+
+
+def test_max_seconds_ends_the_session_and_not_the_run(run: Run) -> None:
+    assert run(train__max_seconds=0.001)["steps"] == 0
+    assert run()["finished"]
+
+
+def test_gradients_that_stay_non_finite_stop_the_run(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite in 3 updates in a row, up to step \d+; lower optim\.lr"):
+        run(train__steps=40, optim__lr=1e38, optim__warmup_steps=0, optim__max_skipped=2, optim__clip_norm="null")
+    assert rows(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_microbatches_and_events_and_samples(run: Run, tmp_path: Path, straight: Path) -> None:
+    run(
+        batch__microbatches=2, mesh__fsdp=4, mesh__tensor=2, log__tensorboard="true", train__steps=6,
+        sample__prompts="['line ', 'of']", sample__max_new_tokens=5, sample__every=3,
+    )  # fmt: skip
+    ours = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert ours == pytest.approx([row["loss"] for row in rows(straight) if "loss" in row], rel=1e-5)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in samples] == [(3, "line "), (3, "of"), (6, "line "), (6, "of")]
+    assert all(isinstance(row["text"], str) for row in samples)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
+    assert b"train/loss" in events
+    assert b"eval/bits_per_byte" in events
+
+
+def test_frozen_parameters_stay_and_come_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(2, monkeypatch)
+    run(optim__freeze="[embed]")
+    monkeypatch.undo()
+    summary = run(optim__freeze="[embed]")
+    _, params = checkpoint.load_model(tmp_path / "run")
+    first = state_lib.create(
+        jax.random.key(0), jnp.int32(1), model=ssm_jax.build("mamba", vocab_size=257, d_model=8, n_layers=1),
+        config=optim.OptimConfig(freeze=("embed",)),
+    )[1]  # fmt: skip
+    np.testing.assert_allclose(params["embed"]["embedding"], first["embed"]["embedding"], rtol=1e-6)
+    assert summary["parameters"] - summary["trainable_parameters"] == params["embed"]["embedding"].size

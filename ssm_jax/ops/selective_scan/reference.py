@@ -22,8 +22,8 @@ def reference(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Ar
 
     def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         x_BE, dt_BE, B_BN, C_BN, reset_B = token
-        decay = jnp.where(reset_B[:, None, None], 0.0, jnp.exp(dt_BE[:, None, :] * inputs.A_NE))
-        h = decay * h + B_BN[:, :, None] * (dt_BE * x_BE)[:, None, :]
+        h = jnp.where(reset_B[:, None, None], 0.0, h)
+        h = jnp.exp(dt_BE[:, None, :] * inputs.A_NE) * h + B_BN[:, :, None] * (dt_BE * x_BE)[:, None, :]
         return h, jnp.sum(C_BN[:, :, None] * h, axis=1)
 
     tokens = tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C, reset))

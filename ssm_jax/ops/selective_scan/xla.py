@@ -130,8 +130,8 @@ def backward(
         state = _split_state(lax.dynamic_index_in_dim(states_KBNE, k, keepdims=False), groups)
         _, p_T, y = lax.fori_loop(0, chunk_size, again, (state, p_T, jnp.zeros_like(u)))
         out, pull_out = jax.vjp(skip_and_gate, y, chunk.x_BTSE, parameters.D_B1SE, chunk.z_BTSE)
-        d_out = lax.dynamic_slice_in_dim(d_y, k * chunk_size, chunk_size, 1)
-        d_y_T, d_x, d_D, d_z = pull_out(d_out.astype(out.dtype))
+        d_out = lax.dynamic_slice_in_dim(d_y, k * chunk_size, chunk_size, 1).astype(out.dtype)
+        d_y_T, d_x, d_D, d_z = pull_out(d_out)
 
         def step(i: Array, carry: Any) -> Any:
             q, d_A, d_tokens = carry
@@ -162,7 +162,9 @@ def backward(
         d_x_in, d_dt, d_dt_bias = pull_dt_u((d_dt, d_u))
         d_chunk = _Sequences(d_x_in + d_x, d_dt, d_z, d_B, d_C, None, None)
         d_sequences = jax.tree.map(
-            lambda d, d_k: lax.dynamic_update_slice_in_dim(d, d_k, k * chunk_size, 1), d_sequences, d_chunk
+            lambda d, d_k: lax.dynamic_update_slice_in_dim(d, d_k.astype(d.dtype), k * chunk_size, 1),
+            d_sequences,
+            d_chunk,
         )
         d_parameters = _Parameters(d_A, *jax.tree.map(jnp.add, d_parameters[1:], (d_D, d_dt_bias)))
         return q, p_T, d_sequences, d_parameters
@@ -209,15 +211,14 @@ def _one_token(inputs: Inputs, *, dt_softplus: bool) -> tuple[Array, Array, Arra
     if inputs.reset_BL is not None:
         state = jnp.where(inputs.reset_BL[:, :, None], 0.0, state)
     state += B[:, :, None] * (dt * x)[:, None]
-    y = skip_and_gate(jnp.sum(state * C[:, :, None], axis=1), x, inputs.D_E, z)
+    y = skip_and_gate(_sum_over_entries(lambda n: state[:, n] * C[:, n, None], state.shape[1]), x, inputs.D_E, z)
     return y[:, None].astype(inputs.x_BLE.dtype), state, inputs.state_BNE[None]
 
 
 def _discretise(x: Array, dt: Array, dt_bias: Array | None, present: Array | None, softplus: bool) -> tuple[Array, Array]:
-    """The step sizes and dt_t x_t, float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    """The step sizes and dt_t x_t."""
     present = None if present is None else present[:, :, None, None]
-    dt = step_size(dt.astype(wide), dt_bias, present, softplus=softplus)
+    dt = step_size(dt, dt_bias, present, softplus=softplus)
     return dt, dt * x
 
 
@@ -237,14 +238,21 @@ def _sum_over_channels(state: Array, v: Array) -> Array:
 
 
 def _chunk(sequences: _Sequences, k: Array, chunk_size: int) -> _Sequences:
-    return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, k * chunk_size, chunk_size, 1), sequences)
+    """Chunk k, widened to float32: inputs of lower precision exist wide one chunk at a time."""
+    wide = jnp.promote_types(sequences.x_BTSE.dtype, jnp.float32)
+
+    def cut(v: Array) -> Array:
+        v = lax.dynamic_slice_in_dim(v, k * chunk_size, chunk_size, 1)
+        return v if v.dtype == bool else v.astype(wide)
+
+    return jax.tree.map(cut, sequences)
 
 
 def _token(chunk: _Sequences, dt: Array, u: Array, t: Array) -> _Token:
     def at(v: Array) -> Array:
         return lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
 
-    B, C = (at(v).astype(dt.dtype)[:, None, :, None] for v in (chunk.B_BTN, chunk.C_BTN))
+    B, C = (at(v)[:, None, :, None] for v in (chunk.B_BTN, chunk.C_BTN))
     reset = None if chunk.reset_BT is None else at(chunk.reset_BT)[:, None, None, None]
     return _Token(at(dt)[:, :, None], at(u)[:, :, None], B, C, reset)
 
