@@ -1,6 +1,10 @@
-"""Trains a model from scratch: ``python -m train.pretrain --config configs/run/demo.yaml [key.sub=value ...]``.
+"""Trains a model from scratch on prepared data.
 
-The same command again goes on from the last checkpoint. See ``ssm_jax/training/config.py`` for every key.
+    python -m train.pretrain --config configs/run/demo.yaml
+    python -m train.pretrain --config configs/run/demo.yaml output=runs/wide model.d_model=256 optim.lr=2e-3
+
+The config is a YAML file; key.sub=value changes single keys of it (all keys: ssm_jax/training/config.py). The same command
+again goes on from the last checkpoint, also after SIGTERM or Ctrl-C, which save first.
 """
 
 import argparse
@@ -10,13 +14,15 @@ from ssm_jax.config import main
 
 
 def run(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", metavar="YAML", help="run config, see configs/run/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys of it")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes single keys")
+    args = parser.parse_args(argv)
     from ssm_jax.training import load_run_config, train
 
-    train(load_run_config(arguments.config, arguments.overrides))
+    train(load_run_config(args.config, args.overrides))
 
 
 if __name__ == "__main__":

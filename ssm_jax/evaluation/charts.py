@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+Number = float | int
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 24, 40
 _BINS = 160
 
@@ -16,8 +17,8 @@ class Series(NamedTuple):
     """One line. ``tone`` is a CSS class (a, b, c). ``band`` shades the range of the points that are drawn as one."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
+    x: Sequence[Number]
+    y: Sequence[Number | None]
     tone: str = "a"
     band: bool = False
 
@@ -26,16 +27,16 @@ class Level(NamedTuple):
     """A horizontal line with a name."""
 
     name: str
-    y: float
+    y: Number
 
 
 class _Point(NamedTuple):
     """The points of one stretch of the x axis."""
 
-    x: float
-    y: float
-    low: float
-    high: float
+    x: Number
+    y: Number
+    low: Number
+    high: Number
 
 
 _Lines = list[tuple[Series, list[_Point]]]
@@ -44,10 +45,10 @@ _Lines = list[tuple[Series, list[_Point]]]
 class _Plane(NamedTuple):
     """From data to SVG coordinates."""
 
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
+    x_low: Number
+    x_high: Number
+    y_low: Number
+    y_high: Number
     width: int
     height: int
 
@@ -59,10 +60,10 @@ class _Plane(NamedTuple):
     def right(self) -> int:
         return self.width - _RIGHT
 
-    def x(self, value: float) -> float:
+    def x(self, value: Number) -> float:
         return round(_LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (self.right - _LEFT), 1)
 
-    def y(self, value: float) -> float:
+    def y(self, value: Number) -> float:
         return round(self.bottom - (value - self.y_low) / (self.y_high - self.y_low) * (self.bottom - _TOP), 1)
 
 
@@ -99,7 +100,7 @@ def line_chart(
     )
 
 
-def bars(rows: Sequence[tuple[str, float, str]]) -> str:
+def bars(rows: Sequence[tuple[str, Number, str]]) -> str:
     """Horizontal bars for (name, value, the value as text)."""
     largest = max((value for _, value, _ in rows), default=0) or 1
     cells = (
@@ -110,7 +111,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
     return f'<table class="bars">{"".join(cells)}</table>'
 
 
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
+def nice_ticks(low: Number, high: Number, count: int) -> list[float]:
     """At most ``count`` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
     raw = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -119,7 +120,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """A short text: 0.00123, 1.5, 1,234, 45.6k, 7.89M, 1.2G."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= (10_000 if unit == "k" else scale):
@@ -218,5 +219,5 @@ def _hover(plane: _Plane, lines: _Lines, x_label: str) -> str:
     return "".join(strips)
 
 
-def _path(plane: _Plane, points: Sequence[tuple[float, float]]) -> str:
+def _path(plane: _Plane, points: Sequence[tuple[Number, Number]]) -> str:
     return " ".join(f"{plane.x(x)},{plane.y(y)}" for x, y in points)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ssm_jax.config import read_yaml
 from ssm_jax.errors import DataError
-from ssm_jax.evaluation.charts import Level, Series, bars, line_chart, number
+from ssm_jax.evaluation.charts import Level, Number, Series, bars, line_chart, number
 from ssm_jax.evaluation.style import CSS
 
 REPORT = "report.html"
@@ -250,7 +250,7 @@ def _footer(run: RunFiles) -> str:
     return f"<footer>{escape(' · '.join(part for part in parts if part))}</footer>"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: Number) -> str:
     """5.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -259,7 +259,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
-def size(count: float) -> str:
+def size(count: Number) -> str:
     """12 kB, 3.4 MB, 1.5 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
@@ -274,14 +274,14 @@ def _series(
     return Series(name, [x for x, _ in points], [None if y is None else y * factor for _, y in points], tone, band)
 
 
-def _bits_per_byte(run: RunFiles) -> float | None:
+def _bits_per_byte(run: RunFiles) -> Number | None:
     """From the evaluation of the whole split, else from the last one while training."""
     if "model" in run.scores:
         return run.scores["model"].get("bits_per_byte")
     return run.evaluations[-1].get("eval/bits_per_byte") if run.evaluations else None
 
 
-def _baseline(run: RunFiles) -> float | None:
+def _baseline(run: RunFiles) -> Number | None:
     return run.scores.get("baseline", {}).get("bits_per_byte")
 
 

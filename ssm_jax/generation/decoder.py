@@ -6,7 +6,7 @@ a CPU. Larger models keep the scan and one copy of their weights.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +46,21 @@ def _make_decoder(model: LanguageModel, params: Params, apart: bool) -> Decoder:
 def unstack_state(decoder: Decoder, state: LMState) -> LMState:
     """``state`` in the form that ``decode_step`` carries: layer by layer if the decoder holds its layers apart."""
     layers = decoder.params["layers"]
-    return state.replace(layers=_unstack(state.layers, len(layers))) if isinstance(layers, tuple) else state
+    return LMState(_unstack(state.layers, len(layers)), state.position) if isinstance(layers, tuple) else state
 
 
 def decode_step(
     model: LanguageModel, decoder: Decoder, token_B: Int[Array, "B"], state: LMState
 ) -> tuple[Float[Array, "B V"], LMState]:
     """Logits after one more token per lane, padded vocabulary rows left out, and the new state."""
+    output: Any
     if isinstance(decoder.params["layers"], tuple):
         outside = {name: value for name, value in decoder.params.items() if name != "layers"}
-        features_B1D, state = model.apply(
-            {"params": outside}, token_B[:, None], state, decoder.params["layers"], method=_unrolled
-        )
+        layers = decoder.params["layers"]
+        output = model.apply({"params": outside}, token_B[:, None], state, layers, method=_unrolled)
     else:
-        features_B1D, state = model.apply({"params": decoder.params}, token_B[:, None], state, method="features")
+        output = model.apply({"params": decoder.params}, token_B[:, None], state, method="features")
+    features_B1D, state = output
     return logits_of(model, decoder, features_B1D[:, 0]), state
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,20 +109,14 @@ def check_settings(
         )
     if prefill_chunk < 1:
         raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
-    if temperature > 0 and key is None:
+    if temperature == 0:
+        sampling, key = Sampling(), jax.random.key(0)
+    elif key is None:
         raise GenerationError("temperature > 0 draws at random and needs a key; pass key=jax.random.key(0).")
-    return Settings(
-        sampling=Sampling()
-        if temperature == 0
-        else Sampling(
-            temperature=jnp.float32(temperature),
-            top_k=None if top_k is None else jnp.int32(min(top_k, vocab_size)),
-            top_p=None if top_p is None else jnp.float32(top_p),
-        ),
-        key=jax.random.key(0) if temperature == 0 else key,
-        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
-        pad_id=jnp.int32(eos_id or 0),
-    )
+    else:
+        limit = None if top_k is None else jnp.int32(min(top_k, vocab_size))
+        sampling = Sampling(jnp.float32(temperature), limit, None if top_p is None else jnp.float32(top_p))
+    return Settings(sampling, key, eos_id=jnp.int32(-1 if eos_id is None else eos_id), pad_id=jnp.int32(eos_id or 0))
 
 
 def begin(
@@ -155,7 +149,8 @@ def _prefill(
     features_BD: Float[Array, "B D"],
 ) -> tuple[LMState, Float[Array, "B D"]]:
     """Reads one stretch; ``features_BD`` are the final hidden states of each lane's last token so far."""
-    features_BLD, state = model.apply({"params": params}, tokens, state, positions, method="features")
+    output: Any = model.apply({"params": params}, tokens, state, positions, method="features")
+    features_BLD, state = output
     present_B1 = positions[:, :1] >= 0
     return state, jnp.where(present_B1, last_present(features_BLD, positions)[:, 0], features_BD)
 

@@ -57,7 +57,7 @@ def _describe(logits: Mapping[str, Any]) -> str:
     )
 
 
-def _tokenizer_of(source: Path) -> tuple[Any, dict[str, int | None] | None]:
+def _tokenizer_of(source: Path) -> tuple[Any, dict[str, Any] | None]:
     """The tokenizer that lies with the weights, if any, and the special token ids that the folder states."""
     if not native.is_native(source):
         here = any((source / name).is_file() for name in tokenizer_files.FILES)

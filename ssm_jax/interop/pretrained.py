@@ -66,9 +66,9 @@ def from_pretrained(
     try:
         return source.model, to_params(source.layout.tensors, source.tensors, abstract, place)
     except LayoutError as error:
-        raise LayoutError(
-            f"{path}, read as {source.layout.family} in the layout {source.layout.name!r}: {error}"
-        ) from error
+        read_as = f"{source.layout.family} in the layout {source.layout.name!r}"
+        corrected = f" with {OURS}" if (path / OURS).is_file() else ""
+        raise LayoutError(f"{path}, read as {read_as}{corrected}: {error}") from error
 
 
 def open_folder(path: Path, **config_overrides: Any) -> Source:
@@ -97,7 +97,7 @@ def save_pretrained(
     *,
     overwrite: bool = False,
     tokenizer: Any = None,
-    special_tokens: Mapping[str, int | None] | None = None,
+    special_tokens: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 * 2**30,
     check: bool | None = None,
 ) -> None:

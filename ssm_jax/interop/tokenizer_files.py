@@ -1,11 +1,11 @@
 """The tokenizer that travels in an exported folder, in files that both we and ``transformers`` read."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ssm_jax.errors import LayoutError
+from ssm_jax.interop.folder import read_json, write_json
 
 FILES = (
     "tokenizer.json",
@@ -49,12 +49,12 @@ def special_tokens(tokenizer: Any) -> dict[str, int | None]:
     return dict.fromkeys(_SPECIAL, getattr(tokenizer, "eos_id", None))
 
 
-def special_tokens_of(folder: Path) -> dict[str, int | None]:
+def special_tokens_of(folder: Path) -> dict[str, Any]:
     """The ids that a folder's own config.json or generation_config.json states."""
     content: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            content |= json.loads((folder / name).read_text(encoding="utf-8"))
+            content |= read_json(folder / name)
     return {key: content.get(key) for key in _SPECIAL}
 
 
@@ -76,7 +76,7 @@ def _write_bytes(folder: Path, eos_id: int) -> None:
         "split_special_tokens": True,  # a special token spelled out in a text is text
         "model_max_length": 10**30,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _byte_characters() -> dict[int, str]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Inexact
 from ssm_jax.ops import dispatch
 from ssm_jax.typing import Reset
 
-DEFAULT_CHUNK_SIZE = 64
+ACCELERATOR_CHUNK_SIZE = 256
 
 
 def linear_recurrence(
@@ -42,14 +42,14 @@ def linear_recurrence(
     Raises:
         ImplementationError: ``implementation`` is named and cannot run here.
     """
+    if implementation is not None:
+        dispatch.lookup("linear_recurrence", implementation)
     dtype = jnp.result_type(a, b)
     wide = jnp.promote_types(dtype, jnp.float32)
     a, b = a.astype(wide), b.astype(wide)
     state = jnp.zeros(b.shape[:1] + b.shape[2:], wide) if state is None else state.astype(wide)
     if reset is not None:
         a = jnp.where(lax.expand_dims(reset, range(2, a.ndim)), 0, a)
-    if implementation is not None:
-        dispatch.lookup("linear_recurrence", implementation)
     if implementation == "reference":
         h = reference(a, b, state, reverse=reverse)
     elif b.shape[1] == 1:
@@ -73,12 +73,20 @@ def reference(a: Array, b: Array, state: Array, *, reverse: bool = False, chunk_
 
 
 def xla(a: Array, b: Array, state: Array, *, reverse: bool = False, chunk_size: int | None = None) -> Array:
+    """In chunks; without a ``chunk_size``, one token after the other on a CPU, whose steps cost nothing to start."""
+    if chunk_size is not None:
+        return _chunked(a, b, state, reverse=reverse, chunk_size=chunk_size)
+    in_chunks = functools.partial(_chunked, reverse=reverse, chunk_size=ACCELERATOR_CHUNK_SIZE)
+    return lax.platform_dependent(a, b, state, cpu=functools.partial(reference, reverse=reverse), default=in_chunks)
+
+
+def _chunked(a: Array, b: Array, state: Array, *, reverse: bool, chunk_size: int) -> Array:
     """An associative scan inside each chunk, the last h of one chunk carried into the next.
 
     (a, b) o (a', b') = (a' * a, a' * b + b'). The end of the last chunk is filled with a = 1, b = 0, which changes nothing.
     """
     length = b.shape[1]
-    chunk_size = min(chunk_size or DEFAULT_CHUNK_SIZE, length)
+    chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
     fill = chunks * chunk_size - length
     padding = [(0, 0), (fill, 0) if reverse else (0, fill), *[(0, 0)] * (b.ndim - 2)]

@@ -20,6 +20,7 @@ from ssm_jax.models import LanguageModel
 from ssm_jax.models.registry import family_name
 from ssm_jax.typing import Params
 from tests.conformance.compare import assert_close
+from tests.conformance.golden import apply
 
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4
 
@@ -94,7 +95,7 @@ class TransformersParity:
         assert (tmp_path / "model.safetensors.index.json").is_file()
         model, params = ssm_jax.from_pretrained(tmp_path)
         assert model.config.padded_vocab_size == config.padded_vocab_size
-        assert_close(model.apply({"params": params}, jnp.asarray(tokens, jnp.int32))[0], expected, LOGITS)
+        assert_close(apply(model, params, jnp.asarray(tokens, jnp.int32))[0], expected, LOGITS)
 
     def test_the_report_says_how_far_pytorch_is(self, config: Any, tmp_path: Path) -> None:
         model, params = random_model(config)

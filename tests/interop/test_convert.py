@@ -81,6 +81,14 @@ def test_tokenizer_and_special_tokens_come_along(tmp_path: Path) -> None:
     assert load_tokenizer(back / "tokenizer").fingerprint == ByteTokenizer.fingerprint
 
 
+def test_a_folder_can_be_converted_in_place(tmp_path: Path) -> None:
+    folder = copy_golden("mamba/tied_defaults", tmp_path / "m")
+    expected = ssm_jax.from_pretrained(folder)[1]
+    convert.run([str(folder), str(folder), "--layout", "mamba_ssm", "--overwrite", "--no-check"])
+    assert (folder / "pytorch_model.bin").is_file()
+    assert_same(ssm_jax.from_pretrained(folder)[1], expected)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     convert.run([str(GOLDENS / "mamba/tied_defaults"), str(tmp_path / "m"), "--dtype", "bfloat16", "--no-check"])
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"

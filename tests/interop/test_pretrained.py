@@ -281,6 +281,18 @@ def test_leaves_land_on_the_shardings_asked_for(tmp_path: Path, layout: str) -> 
     assert all(leaf.sharding == alone for leaf in jax.tree.leaves(read))
 
 
+def test_sharded_parameters_are_exported_whole(tmp_path: Path) -> None:
+    model, params = small()
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    kernel = params["layers"]["mixer"]["in_proj"]["kernel"]
+    spread["layers"]["mixer"]["in_proj"]["kernel"] = jax.device_put(
+        kernel, NamedSharding(mesh, PartitionSpec("fsdp", None, None, "tensor"))
+    )
+    ssm_jax.save_pretrained(model, spread, tmp_path / "m", check=False)
+    assert_same(ssm_jax.from_pretrained(tmp_path / "m")[1], params)
+
+
 @pytest.mark.parametrize("layout", ["transformers", "mamba_ssm"])
 def test_the_model_never_exists_twice(tmp_path: Path, layout: str) -> None:
     model, params = small(vocab_size=512, d_model=256, n_layers=16, expand=1)
@@ -346,7 +358,7 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pretrained, "write_weights", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(LayoutError, match=r"m could not be written \(No space left on device\); nothing was changed"):
         ssm_jax.save_pretrained(model, random_params(model, 1), tmp_path / "m", overwrite=True, check=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert_same(ssm_jax.from_pretrained(tmp_path / "m")[1], params)

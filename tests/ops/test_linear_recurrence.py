@@ -40,9 +40,11 @@ class TestComplex(ChunkedOpConformance):
         return (rng.normal(size=(batch, 3)) + 1j * rng.normal(size=(batch, 3))).astype(np.complex64)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("length", [1, 37, 100])
-def test_reverse_is_forward_on_the_flipped_sequence(length: int, implementation: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{"implementation": "reference"}, {}, {"chunk_size": 7}, {"chunk_size": 64}], ids=str
+)
+@pytest.mark.parametrize("length", [1, 37])
+def test_reverse_is_forward_on_the_flipped_sequence(length: int, options: dict[str, Any]) -> None:
     """In values, last state and gradients."""
     case = TestReal().case(length, "documents")
     a, b, state, reset = jax.tree.map(
@@ -50,7 +52,7 @@ def test_reverse_is_forward_on_the_flipped_sequence(length: int, implementation:
     )
 
     def reverse(a: Any, b: Any, state: Any) -> Any:
-        return linear_recurrence(a, b, state, reset, reverse=True, implementation=implementation)
+        return linear_recurrence(a, b, state, reset, reverse=True, **options)
 
     def flipped(a: Any, b: Any, state: Any) -> Any:
         h, last = linear_recurrence(
@@ -84,6 +86,15 @@ def test_backward_keeps_h_and_a() -> None:
     a, b = jnp.full((2, 64, 32), 0.9), jnp.ones((2, 64, 32))
     _, pullback = jax.vjp(lambda a, b: linear_recurrence(a, b)[0], a, b)
     assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) < 2.1 * a.size
+
+
+def test_default_is_sequential_on_a_cpu_and_associative_elsewhere() -> None:
+    a = jnp.ones((1, 1024, 8))
+    traced = jax.jit(lambda a: linear_recurrence(a, a)[0]).trace(a)
+    for platform, steps in (("cpu", 1024), ("cuda", 4), ("tpu", 4)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("stablehlo.while") == 1
+        assert f"dense<{steps}> : tensor<i32>" in program, "the bound of the loop"
 
 
 def test_one_token_is_one_multiply_add() -> None:

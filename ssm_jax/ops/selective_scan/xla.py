@@ -215,7 +215,9 @@ def _one_token(inputs: Inputs, *, dt_softplus: bool) -> tuple[Array, Array, Arra
     return y[:, None].astype(inputs.x_BLE.dtype), state, inputs.state_BNE[None]
 
 
-def _discretise(x: Array, dt: Array, dt_bias: Array | None, present: Array | None, softplus: bool) -> tuple[Array, Array]:
+def _discretise(
+    x: Array, dt: Array, dt_bias: Array | None, present: Array | None, softplus: bool
+) -> tuple[Array, Array]:
     """The step sizes and dt_t x_t."""
     present = None if present is None else present[:, :, None, None]
     dt = step_size(dt, dt_bias, present, softplus=softplus)

@@ -1,0 +1,110 @@
+"""Which implementation runs: by name, or by the platform that the computation is lowered for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssm_jax.errors import ImplementationError
+from ssm_jax.ops import dispatch
+
+# Each implementation leaves its own mark in the program.
+MARKS: dict[str, Callable[..., Any]] = {"reference": jnp.sin, "xla": jnp.cos, "pallas": jnp.tanh, "triton": jnp.log}
+PROGRAM_MARKS = {"reference": "sine", "xla": "cosine", "pallas": "tanh", "triton": "log"}
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_implementations", {})
+    monkeypatch.setattr(dispatch, "_unavailable", {})
+
+
+def _register(*names: str) -> None:
+    for name in names:
+        dispatch.register("wave", name, lambda x, *, scale, mark=MARKS[name]: scale * mark(x))
+
+
+def _program(platform: str, implementation: str | None = None) -> str:
+    """The implementation whose mark is in the program for ``platform``, and no other's."""
+    traced = jax.jit(lambda x: dispatch.call("wave", implementation, x, scale=2.0)).trace(jnp.ones(3))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    (found,) = (name for name, mark in PROGRAM_MARKS.items() if f"stablehlo.{mark} " in program)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("tpu", "pallas"), ("cuda", "triton"), ("rocm", "xla"), ("cpu", "xla")]
+)
+def test_lowering_platform_decides(platform: str, expected: str) -> None:
+    _register(*MARKS)
+    assert _program(platform) == dispatch.choice("wave", platform) == expected
+
+
+def test_missing_kernel_falls_back() -> None:
+    _register("reference", "xla", "triton")
+    assert (_program("tpu"), _program("cuda")) == ("xla", "triton")
+
+
+def test_no_kernels_no_branches() -> None:
+    _register("reference", "xla")
+    jaxpr = jax.make_jaxpr(lambda x: dispatch.call("wave", None, x, scale=2.0))(jnp.ones(3))
+    assert "platform_index" not in str(jaxpr)
+    assert _program("tpu") == "xla"
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_name_forces(name: str, platform: str) -> None:
+    _register(*MARKS)
+    assert _program(platform, implementation=name) == name
+
+
+def test_runs_what_it_chose() -> None:
+    _register(*MARKS)
+    x = jnp.linspace(0.1, 0.9, 3)
+    assert jnp.allclose(dispatch.call("wave", None, x, scale=2.0), 2 * jnp.cos(x))
+    assert jnp.allclose(dispatch.call("wave", "reference", x, scale=2.0), 2 * jnp.sin(x))
+
+
+def test_vmap_and_grad_pass_through() -> None:
+    _register(*MARKS)
+    x = jnp.linspace(0.1, 0.9, 6).reshape(2, 3)
+    gradient = jax.grad(lambda x: jax.vmap(lambda row: dispatch.call("wave", None, row, scale=2.0))(x).sum())(x)
+    assert jnp.allclose(gradient, -2 * jnp.sin(x))
+
+
+def test_absent_arrays_pass_through() -> None:
+    """None is an argument like any other: an op's optional input."""
+    for name in ("xla", "pallas"):
+        dispatch.register("shift", name, lambda x, by: x if by is None else x + by)
+    assert dispatch.call("shift", None, jnp.ones(()), None) == 1
+    assert dispatch.call("shift", None, jnp.ones(()), jnp.ones(())) == 2
+
+
+def test_unknown_implementation() -> None:
+    _register("reference", "xla")
+    with pytest.raises(ImplementationError, match=r"wave: implementation 'vulkan' .*no such.*'reference', 'xla'"):
+        dispatch.call("wave", "vulkan", jnp.ones(3), scale=2.0)
+
+
+def test_unavailable_implementation_says_why() -> None:
+    _register("reference", "xla")
+    dispatch.register_unavailable("wave", "triton", "jax-triton is not installed")
+    with pytest.raises(ImplementationError, match="'triton' cannot run here .*jax-triton is not installed"):
+        dispatch.call("wave", "triton", jnp.ones(3), scale=2.0)
+    assert dispatch.explain("wave", "cuda") == "wave on cuda: xla (triton: jax-triton is not installed)"
+
+
+def test_explain() -> None:
+    _register("reference", "xla", "pallas")
+    assert dispatch.implementations("wave") == ("reference", "xla", "pallas")
+    assert dispatch.explain("wave").splitlines() == [
+        "wave on tpu: pallas",
+        "wave on cuda: xla (triton: not written for this op)",
+        "wave on rocm: xla",
+        "wave on cpu: xla",
+    ]
+    with pytest.raises(ImplementationError, match="No op is named 'wavy'; the ops are .*'wave'"):
+        dispatch.explain("wavy")
