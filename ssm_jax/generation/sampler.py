@@ -1,8 +1,8 @@
 """Choosing the next token: greedy, or drawn after temperature, top-k and top-p (in this order).
 
 Top-k and top-p are thresholds, found by bisection over the bits of the float32 logits instead of by a sort: exact, 32 passes
-over the vocabulary, and k and p stay traced values, so that changing them compiles nothing. A threshold treats equal logits
-alike: tokens that tie with the last one kept are kept too.
+over the vocabulary (on a CPU far cheaper than a sort), and k and p stay traced values, so that changing them compiles nothing.
+A threshold treats equal logits alike: tokens that tie with the last one kept are kept too.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def sample(
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.temperature is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _argmax(logits_BV)
     # The largest logit becomes 0, so that a tiny temperature overflows to -inf below it and never to +inf or nan.
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
@@ -47,7 +47,7 @@ def sample(
         return jax.random.gumbel(lane_key, logits_BV.shape[1:], jnp.float32)
 
     batch = logits_BV.shape[0]
-    return jnp.argmax(logits_BV + jax.vmap(noise)(jnp.arange(batch)), axis=-1).astype(jnp.int32)
+    return _argmax(logits_BV + jax.vmap(noise)(jnp.arange(batch)))
 
 
 def top_k_mask(logits_BV: Float[Array, "B V"], k: Int[Array, ""]) -> Bool[Array, "B V"]:
@@ -72,6 +72,13 @@ def top_p_mask(logits_BV: Float[Array, "B V"], p: Scalar) -> Bool[Array, "B V"]:
         return (jnp.sum(kept_BV, axis=-1, keepdims=True) >= p) & (p < 1)
 
     return ranks_BV >= _largest(enough, logits_BV.shape[0])
+
+
+def _argmax(x_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The first place of the largest value, in two plain reductions: several times faster on a CPU than one over pairs."""
+    last = x_BV.shape[-1] - 1
+    places_BV = jnp.where(x_BV == jnp.max(x_BV, axis=-1, keepdims=True), jnp.arange(last + 1), last)
+    return jnp.min(places_BV, axis=-1).astype(jnp.int32)
 
 
 def _ranks(x_BV: Float[Array, "B V"]) -> UInt32[Array, "B V"]:

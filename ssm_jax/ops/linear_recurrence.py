@@ -83,7 +83,7 @@ def xla(a: Array, b: Array, state: Array, *, reverse: bool = False, chunk_size: 
 def _chunked(a: Array, b: Array, state: Array, *, reverse: bool, chunk_size: int) -> Array:
     """An associative scan inside each chunk, the last h of one chunk carried into the next.
 
-    (a, b) o (a', b') = (a' * a, a' * b + b'). The end of the last chunk is filled with a = 1, b = 0, which changes nothing.
+    (a, b) o (a', b') = (a' * a, a' * b + b'). The chunk that comes last is filled up, and what that adds is cut off again.
     """
     length = b.shape[1]
     chunk_size = min(chunk_size, length)
@@ -92,8 +92,8 @@ def _chunked(a: Array, b: Array, state: Array, *, reverse: bool, chunk_size: int
     padding = [(0, 0), (fill, 0) if reverse else (0, fill), *[(0, 0)] * (b.ndim - 2)]
     first, last = (-1, 0) if reverse else (0, -1)
 
-    def split(x: Array, value: int) -> Array:
-        padded = jnp.pad(x, padding, constant_values=value)
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, padding)
         return jnp.moveaxis(padded.reshape(x.shape[0], chunks, chunk_size, *x.shape[2:]), 1, 0)
 
     def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def _chunked(a: Array, b: Array, state: Array, *, reverse: bool, chunk_size: int
         _, h_c = lax.associative_scan(combine, (a_c, b_c), axis=1, reverse=reverse)
         return h_c[:, last], h_c
 
-    _, h = lax.scan(step, state, (split(a, 1), split(b, 0)), reverse=reverse)
+    _, h = lax.scan(step, state, (split(a), split(b)), reverse=reverse)
     h = jnp.moveaxis(h, 0, 1).reshape(b.shape[0], chunks * chunk_size, *b.shape[2:])
     return lax.slice_in_dim(h, fill if reverse else 0, fill + length if reverse else length, axis=1)
 

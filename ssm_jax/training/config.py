@@ -74,7 +74,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Text written by the model now and then. every: see Every; prompts: one sample each; none without prompts."""
+    """Text written by the model. every: see Every; always at the end too. prompts: one sample each; none, no samples."""
 
     every: Every = 0.1
     prompts: tuple[str, ...] = ()

@@ -41,7 +41,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     run = run_lib.prepare(config)
     config, model, mesh = run.config, run.model, run.mesh
     shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh)
-    run_lib.claim_folder(run)
+    run_lib.check_folder(run)
+    restored = saving.restore(run.folder, shapes, frozen_shapes)
+    run_lib.describe_in_folder(run)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -50,7 +52,6 @@ def train(config: RunConfig) -> dict[str, Any]:
         if mesh.size > 1:
             progress.note(sharding.describe(shapes.params, mesh))
 
-        restored = saving.restore(run.folder, shapes, frozen_shapes)
         if restored is not None:
             state, frozen, meter = restored
             total_steps = config.train.steps or int(state.total_steps)

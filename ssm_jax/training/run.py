@@ -103,17 +103,30 @@ def identity(config: RunConfig, data: PackedDataset) -> dict[str, Any]:
     }
 
 
-def claim_folder(run: Run) -> None:
-    """Makes the run folder, or checks that it holds this very run; then writes the resolved config and the tokenizer.
+def check_folder(run: Run) -> None:
+    """Writes nothing.
 
     Raises:
-        ConfigError: the folder holds another run (the differences are shown), or something else.
+        ConfigError: the run folder holds another run (the differences are shown), or something else.
     """
-    folder, wanted = run.folder, identity(run.config, run.data)
+    folder = run.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"Config key 'output' is {folder}, which is a file; choose a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        _require_same_run(folder, wanted, run.config.train.accept_changes)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / IDENTITY).is_file():
+        raise ConfigError(f"Config key 'output' is {folder}, which is not empty and not a run; choose another folder.")
+    changed = differences(read_yaml(folder / IDENTITY), identity(run.config, run.data))
+    if changed and not run.config.train.accept_changes:
+        raise ConfigError(
+            f"Folder {folder} holds another run: {'; '.join(changed)}. Choose another output, or go on with the new values by "
+            "train.accept_changes=true."
+        )
+
+
+def describe_in_folder(run: Run) -> None:
+    """Makes the run folder, with the resolved config, the identity and the tokenizer."""
+    folder, wanted = run.folder, identity(run.config, run.data)
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     (folder / IDENTITY).write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
     (folder / CONFIG).write_text(dump_yaml(run.config), encoding="utf-8")
@@ -130,14 +143,3 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         elif old != new:
             found.append(f"{prefix}{key} is {old!r} there and {new!r} here")
     return found
-
-
-def _require_same_run(folder: Path, wanted: Mapping[str, Any], accept_changes: bool) -> None:
-    if not (folder / IDENTITY).is_file():
-        raise ConfigError(f"Config key 'output' is {folder}, which is not empty and not a run; choose another folder.")
-    changed = differences(read_yaml(folder / IDENTITY), wanted)
-    if changed and not accept_changes:
-        raise ConfigError(
-            f"Folder {folder} holds another run: {'; '.join(changed)}. Choose another output, or go on with the new values by "
-            "train.accept_changes=true."
-        )

@@ -47,6 +47,21 @@ def test_top_p_keeps_what_a_sort_keeps(logits: np.ndarray, p: float) -> None:
     np.testing.assert_array_equal(_top_p(logits, jnp.float32(p)), expected)
 
 
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(_logits)
+def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray) -> None:
+    logits = _flushed(logits)
+    got = _sample(logits, Sampling(), jax.random.key(0), jnp.int32(0))
+    np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
+
+
+def test_logits_that_are_not_numbers_give_a_token() -> None:
+    logits = jnp.full((ROWS, VOCAB), jnp.nan)
+    for sampling in (Sampling(), Sampling(jnp.float32(1.0), jnp.int32(3), jnp.float32(0.5))):
+        assert ((tokens := _sample(logits, sampling, jax.random.key(0), jnp.int32(0))) >= 0).all()
+        assert (tokens < VOCAB).all()
+
+
 def test_a_probability_of_one_keeps_every_token() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 1000)).astype(np.float32) * 5
     assert np.asarray(_top_p(logits, jnp.float32(1.0))).all()

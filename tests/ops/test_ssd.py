@@ -1,6 +1,5 @@
 """SSD against its oracle; and what it promises beside the numbers: memory, sharding, and a seam for kernels."""
 
-import math
 import re
 from typing import Any
 
@@ -44,8 +43,7 @@ class TestSSD(RaggedOpConformance, ChunkedOpConformance):
     def initial_state(self, rng: np.random.Generator, batch: int) -> Any:
         return rng.normal(size=(batch, 4, 3, 5)).astype(np.float32)
 
-    @pytest.mark.parametrize("length", [1, 37])
-    @pytest.mark.parametrize("groups", [1, 4])
+    @pytest.mark.parametrize(("groups", "length"), [(1, 1), (4, 37)])
     @pytest.mark.parametrize(
         "options", [{"dt_limit": (0.3, 0.9)}, {"dt_softplus": False}, {"D_H": None, "dt_bias_H": None}], ids=str
     )
@@ -130,8 +128,8 @@ def test_a_kernel_takes_over_both_passes(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(dispatch._implementations["ssd"], "kernel", forward)
     monkeypatch.setitem(dispatch._implementations["ssd_backward"], "kernel", backward)
-    inputs = jax.tree.map(jnp.asarray, arrays(np.random.default_rng(0), 1, 9, heads=2, groups=1, keys=2, values=2))
-    lanes = {"implementation": "kernel", "lengths": jnp.array([7]), "reset": jnp.zeros((1, 9), bool)}
-    jax.grad(lambda x: ssd(**{**inputs, "x_BLHP": x}, **lanes)[0].sum())(inputs["x_BLHP"])
+    inputs = shapes(1, 9, 2, 1, 2, 2)
+    masks = {"lengths": jax.ShapeDtypeStruct((1,), jnp.int32), "reset": jax.ShapeDtypeStruct((1, 9), bool)}
+    gradient = jax.grad(lambda inputs, masks: ssd(**inputs, **masks, implementation="kernel")[0].sum())
+    jax.eval_shape(gradient, inputs, masks)
     assert called == ["forward", "backward"]
-    assert math.isfinite(loss(inputs))

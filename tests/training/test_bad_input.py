@@ -133,6 +133,16 @@ def test_load_model_says_what_is_there(run: Run, tmp_path: Path) -> None:
         checkpoint.load_model(tmp_path / "run", step=7)
 
 
+def test_weights_that_do_not_fit_leave_the_folder_as_it_is(run: Run, tmp_path: Path) -> None:
+    run(train__steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.yaml")}
+    with pytest.raises(
+        CheckpointError, match=r"embed/embedding is float32\[264, 8\] there and float32\[264, 16\] here"
+    ):
+        run(train__steps=1, model__d_model=16, train__accept_changes="true")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.yaml")} == before
+
+
 def test_the_script_prints_one_line_and_fails(tmp_path: Path, overrides: Overrides) -> None:
     arguments = overrides(tmp_path / "run", optim__lrr=1)
     command = [sys.executable, "-m", "train.pretrain", *arguments]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import ssm_jax
-from ssm_jax import checkpoint, config, optim
+from ssm_jax import checkpoint, config, optim, sharding
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import open_dataset
 from ssm_jax.data.tokenizers import load_tokenizer
@@ -118,6 +118,17 @@ def test_evaluation_is_bits_per_byte_of_the_held_out_text(straight: Path, data: 
     assert last["eval/bits_per_byte"] == pytest.approx(
         total / weight / math.log(2) * split.targets / split.text_bytes, rel=1e-5
     )
+
+
+def test_load_model_onto_a_mesh(straight: Path) -> None:
+    model, params = checkpoint.load_model(straight)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+    wanted = sharding.shardings(params, mesh)
+    same, placed = checkpoint.load_model(straight, step=6, shardings=wanted, dtype="bfloat16")
+    assert (model.config.dtype, same.config.dtype) == ("float32", "bfloat16")
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == wanted
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_model(straight / "checkpoints" / "00000006")[1], params)
 
 
 @pytest.mark.parametrize("step", [1, 3])

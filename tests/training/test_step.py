@@ -190,3 +190,23 @@ def test_weight_decay_of_the_real_models() -> None:
         undecayed = {name for name, decays in mask.items() if not decays}
         assert len(undecayed) == len(endings)
         assert all(any(name.endswith(ending) for ending in endings) for name in undecayed)
+
+
+def test_what_the_devices_tell_each_other() -> None:
+    """Copies exchange gradients only; tensor parallelism adds up partial sums and never moves parameters or activations."""
+    for sizes in ({"data": 8}, {"data": 1, "tensor": 8}):
+        text = trainer(**sizes)[1].as_text()
+        found = {name for name in COLLECTIVES if f" {name}(" in text or f" {name}-start(" in text}
+        assert found == {"all-reduce"}
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def test_fsdp_and_tensor_split_the_state() -> None:
+    whole, fsdp, tensor = (
+        trainer(**sizes)[1].memory_analysis().argument_size_in_bytes
+        for sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8})
+    )
+    assert fsdp < whole / 2
+    assert tensor < whole / 4
