@@ -53,7 +53,9 @@ types: $(VENV)/.lint
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -m benchmarks.mamba_cpu
+	$(BIN)/python -m benchmarks.context
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

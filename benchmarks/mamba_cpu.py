@@ -35,13 +35,17 @@ LEARNING_RATE, CLIP = 1e-4, 1.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, and no quadratic eager Mamba-1 step")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 rounds instead of 7, and no quadratic eager Mamba-1 step"
+    )
     parser.add_argument("--families", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(2)
     rounds = 3 if args.quick else 7
-    result: dict[str, Any] = {"conditions": conditions(torch_threads=2, dtype="float32", sizes=SIZES, batch=BATCH, length=LENGTH)}
+    result: dict[str, Any] = {
+        "conditions": conditions(torch_threads=2, dtype="float32", sizes=SIZES, batch=BATCH, length=LENGTH)
+    }
     for family in args.families:
         model = ssm_jax.build(family, **SIZES[family])
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -163,14 +167,20 @@ def _decode(model: Any, params: Any, peer: Any, batch: int, rounds: int) -> dict
 
     def generate() -> Any:
         with torch.no_grad():
-            return peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+            return peer.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+            )
 
-    return _table(take_turns({"ssm_jax": ours, "bare loop": loop, "generate()": generate}, rounds=rounds, warmup=2), batch * NEW)
+    return _table(
+        take_turns({"ssm_jax": ours, "bare loop": loop, "generate()": generate}, rounds=rounds, warmup=2), batch * NEW
+    )
 
 
 def _table(times: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
     best = min(entry["median"] for name, entry in times.items() if name != "ssm_jax")
-    rows = {name: {"tokens_per_s": round(tokens / entry["median"], 1), "seconds": entry} for name, entry in times.items()}
+    rows = {
+        name: {"tokens_per_s": round(tokens / entry["median"], 1), "seconds": entry} for name, entry in times.items()
+    }
     return {"paths": rows, "ratio_to_fastest_pytorch": round(best / times["ssm_jax"]["median"], 2)}
 
 

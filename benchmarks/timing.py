@@ -14,7 +14,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
     """Seconds per call of each contestant: median, least and most over ``rounds`` turns after ``warmup`` calls each."""
     for run in contestants.values():
         for _ in range(warmup):

@@ -13,8 +13,10 @@ def load(path: str, dtype: str | None = None) -> tuple[LanguageModel, Params, To
     """Reads a run folder, a checkpoint in one, or any folder that ``from_pretrained`` reads, with its tokenizer.
 
     Raises:
-        UserError: no weights, no tokenizer, or a tokenizer with more ids than the model.
+        UserError: no such folder, no weights, no tokenizer, or a tokenizer with more ids than the model.
     """
+    if not Path(path).is_dir():
+        raise DataError(f"Model folder {path} does not exist; give a run folder or a folder with exported weights.")
     tokenizer = load_tokenizer(tokenizer_folder(Path(path)))
     model, params = from_pretrained(path, dtype=dtype)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -206,7 +206,7 @@ def _hover(plane: _Plane, lines: _Lines, x_label: str) -> str:
     strips = []
     for x, (start, end) in zip(xs, itertools.pairwise(borders), strict=True):
         inside = [(line, p) for line, points in lines for p in points if start <= p.x <= end]
-        values = " · ".join([f"{x_label} {x:,.0f}", *(f"{line.name} {p.y:.4g}" for line, p in inside)])
+        values = " · ".join([f"{x_label} {x:,.0f}", *(f"{line.name} {number(p.y)}" for line, p in inside)])
         dots = "".join(
             f'<circle class="dot {line.tone}" cx="{plane.x(p.x)}" cy="{plane.y(p.y)}" r="4"/>' for line, p in inside
         )

@@ -130,8 +130,8 @@ def _loss(run: RunFiles) -> str:
         levels=[Level(_baseline_name(run), baseline)] if in_bytes and baseline is not None else [],
     )
     note = (
-        '<p class="note">The shaded band spans the single steps. Training loss is converted from nats per token with the held-out '
-        "text's tokens per byte.</p>"
+        '<p class="note">Where several steps are drawn as one, the band spans them. '
+        "Training loss is converted from nats per token with the held-out text's tokens per byte.</p>"
     )
     return chart + (note if chart and in_bytes else "")
 

@@ -52,6 +52,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     *,
     prefill_chunk: int = PREFILL_CHUNK,
+    decoder: Decoder | None = None,
 ) -> Int32[np.ndarray, "B T"]:
     """New tokens that continue each prompt, int32 [B, max_new_tokens].
 
@@ -68,13 +69,14 @@ def generate(
             (the k most likely ones) and top_p (the smallest set of most likely ones with that probability).
         key: randomness, required when temperature > 0. The draws of row i depend on (key, i) alone.
         prefill_chunk: tokens of the prompts that are read at once; bounds memory and changes nothing else.
+        decoder: ``make_decoder(model, params)``, for parameters that are used in many short calls; each makes its own else.
 
     Raises:
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
-    decoder = make_decoder(model, params)
+    decoder = decoder or make_decoder(model, params)
     progress = begin(model, params, decoder, rows, settings, prefill_chunk)
     first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
     if max_new_tokens == 1:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Array, Int32, Integer, Key
 
-from ssm_jax.generation.decoder import make_decoder
+from ssm_jax.generation.decoder import Decoder, make_decoder
 from ssm_jax.generation.generate import PREFILL_CHUNK, begin, check_settings, decode
 from ssm_jax.generation.prompt import check_prompts
 from ssm_jax.models import LanguageModel
@@ -26,6 +26,7 @@ def stream(
     key: Key[Array, ""] | None = None,
     *,
     prefill_chunk: int = PREFILL_CHUNK,
+    decoder: Decoder | None = None,
 ) -> Iterator[Int32[np.ndarray, "n"]]:
     """The tokens of ``generate(model, params, [prompt], ...)`` in small blocks as they are made, up to ``eos_id`` included.
 
@@ -36,13 +37,13 @@ def stream(
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
 
     def blocks() -> Iterator[Int32[np.ndarray, "n"]]:
-        decoder = make_decoder(model, params)
-        progress = begin(model, params, decoder, rows, settings, prefill_chunk)
+        parts = decoder or make_decoder(model, params)
+        progress = begin(model, params, parts, rows, settings, prefill_chunk)
         yield np.array(progress.token_B)  # a copy: the buffer is donated next
         made = 1
         while made < max_new_tokens and not bool(progress.done_B[0]):
             count = min(BLOCK, max_new_tokens - made)
-            tokens, progress = decode(model, decoder, progress, settings, count, BLOCK)
+            tokens, progress = decode(model, parts, progress, settings, count, BLOCK)
             now = 1 + int(progress.step)
             yield np.asarray(tokens)[: now - made, 0]
             made = now

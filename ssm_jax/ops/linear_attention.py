@@ -31,7 +31,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float
+
+from ssm_jax.typing import Reset
 
 Gradients = tuple[Array, Array, Array, Array, Array, Array, None]
 
@@ -47,7 +50,6 @@ class _Chunks(NamedTuple):
     entry_BMGTR: Array
     exit_BMGTR: Array
     later_BMTS: Array
-    in_last_BMT: Array | None
 
 
 def default_chunk_size(keys: int, values: int) -> int:
@@ -57,15 +59,15 @@ def default_chunk_size(keys: int, values: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def linear_attention(
-    q_BLGN: Array,
-    k_BLGN: Array,
-    v_BLHP: Array,
-    gain_BLH: Array,
-    log_decay_BLH: Array,
-    state_BHNP: Array,
-    reset_BL: Array | None,
+    q_BLGN: Float[Array, "B L G N"],
+    k_BLGN: Float[Array, "B L G N"],
+    v_BLHP: Float[Array, "B L H P"],
+    gain_BLH: Float[Array, "B L H"],
+    log_decay_BLH: Float[Array, "B L H"],
+    state_BHNP: Float[Array, "B H N P"],
+    reset_BL: Reset | None,
     chunk_size: int,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H N P"]]:
     """y_BLHP and the last state_BHNP, both of the state's dtype, in which everything is computed.
 
     Log decays are at most 0. Head h uses group h // (H / G). At ``reset`` the decay is 0, exactly. The result does not depend on
@@ -97,7 +99,7 @@ def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> 
     q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, state_BHNP, reset_BL = inputs
     dy_BLHP, dlast_BHNP = cotangents
     chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
-    q, k, v, gain, pair, entry, exit_, later, in_last = chunks
+    q, k, v, gain, pair, entry, exit_, later = chunks
     dy_BMGTRP = _group(_split(dy_BLHP, *v.shape[1:4:2]), v.shape[2])
 
     # The states again, and the gradients of the states that leave the chunks, from the last chunk to the first.
@@ -137,8 +139,6 @@ def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> 
     across_BMGTR = _sum_over(later, jnp.swapaxes(rows_BMGRT - columns_BMGRS, 3, 4) + read_BMGTR)
     before_TS = np.tri(v.shape[3], k=-1)
     into_exit_BMGTR = _sum_over(before_TS, written_BMGTR) + (kept_BMGR * entry[..., -1, :])[..., None, :]
-    if in_last is not None:
-        into_exit_BMGTR *= in_last[:, :, None, :, None]
 
     return (
         _join(dq, q_BLGN).astype(q_BLGN.dtype),
@@ -175,15 +175,13 @@ def _cut(
     later = jnp.asarray(np.tri(tokens, dtype=bool).T)[None, None]
     if reset is None:
         pair, entry, exit_ = _decays(log_decay, jnp.swapaxes(later, 2, 3))
-        last = None
     else:
         document = _sum_over(np.tri(tokens), cut(reset.astype(dtype))[..., None])[..., 0]
-        first, last = document == 0, document == document[..., -1:]
         later = later & (document[..., :, None] == document[..., None, :])
         pair, entry, exit_ = _decays(log_decay, jnp.swapaxes(later, 2, 3))
-        entry *= first[:, :, None, :, None]
-        exit_ *= last[:, :, None, :, None]
-    return _Chunks(jnp.swapaxes(q, 2, 3), jnp.swapaxes(k, 2, 3), v, gain, pair, entry, exit_, later, last)
+        entry *= (document == 0)[:, :, None, :, None]
+        exit_ *= (document == document[..., -1:])[:, :, None, :, None]
+    return _Chunks(jnp.swapaxes(q, 2, 3), jnp.swapaxes(k, 2, 3), v, gain, pair, entry, exit_, later)
 
 
 def _decays(log_decay_BMGTR: Array, earlier_BMTS: Array) -> tuple[Array, Array, Array]:

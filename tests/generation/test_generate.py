@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import ssm_jax
 from ssm_jax import generate
 from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import decode_step, make_decoder, unstack_state
@@ -145,6 +146,15 @@ def test_layers_apart_and_stacked_layers_step_alike(family: str) -> None:
         assert state.position.tolist() == [3, 3]
     assert results[0].shape == (2, VOCAB)
     assert_close(results[1], results[0], 1e-5)
+
+
+def test_a_decoder_serves_many_calls() -> None:
+    model, params = tiny("mamba")
+    decoder = make_decoder(model, params)
+    for _ in range(2):
+        np.testing.assert_array_equal(generate(model, params, PROMPTS, 24, decoder=decoder), _greedy("mamba"))
+    blocks = list(ssm_jax.stream(model, params, [1, 2, 3], 9, decoder=decoder))
+    np.testing.assert_array_equal(np.concatenate(blocks), _greedy("mamba")[0, :9])
 
 
 def test_half_precision() -> None:

@@ -9,7 +9,7 @@ import pytest
 import ssm_jax
 from ssm_jax.config import main
 from ssm_jax.data.tokenizers import ByteTokenizer
-from ssm_jax.errors import GenerationError
+from ssm_jax.errors import DataError, GenerationError
 from ssm_jax.generation.stream import BLOCK
 from tests.generation.tiny import tiny
 from train import generate as script
@@ -80,6 +80,7 @@ def test_the_script_prints_prompt_text_and_speed(
         (("--prompt-file", "absent.txt"), "Prompt file absent.txt cannot be read"),
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--no-start-mark",), "Prompt 0 is empty"),
+        (("--top-p", "2"), "top_p is 2.0"),
     ],
 )
 def test_the_script_fails_with_one_sentence(
@@ -97,3 +98,8 @@ def test_the_script_fails_with_one_sentence(
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_the_script_names_a_folder_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="Model folder absent does not exist"):
+        script.run(["absent"])

@@ -1,6 +1,7 @@
 """The update: its loss, accumulation, sharding, freezing, the guard, and what the compiled program holds."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -203,10 +204,13 @@ def test_what_the_devices_tell_each_other() -> None:
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-def test_fsdp_and_tensor_split_the_state() -> None:
-    whole, fsdp, tensor = (
-        trainer(**sizes)[1].memory_analysis().argument_size_in_bytes
-        for sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8})
-    )
-    assert fsdp < whole / 2
-    assert tensor < whole / 4
+def test_a_device_holds_its_part_of_the_state_and_no_more() -> None:
+    sizes = []
+    for mesh_sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}):
+        mesh, step, state, _ = trainer(**mesh_sizes)
+        leaves = jax.tree.leaves((state, sharding.put_batch(random_batch(0), mesh)))
+        parts = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+        sizes.append(sum(parts))
+        unread = state.opt_state.last_finite.nbytes
+        assert step.memory_analysis().argument_size_in_bytes == sum(parts) - unread
+    assert sizes[0] > 1.5 * sizes[1] > 3 * sizes[2]

@@ -1,0 +1,90 @@
+"""What length costs: time per token and memory from 512 to 65,536 tokens of context, Mamba and Mamba-2, on this machine.
+
+    python -m benchmarks.context
+
+Three rows per family: seconds per token of reading a prompt in one call, seconds per generated token after a context of that
+length, and the bytes of temporary memory that the compiler reserves for the forward pass and for loss and gradients. Times should
+not depend on the length, bytes should be proportional to it. Writes benchmarks/results/context.json.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ssm_jax
+from benchmarks.mamba_cpu import SIZES
+from benchmarks.timing import conditions, save
+from ssm_jax.ops import linear_cross_entropy
+
+LENGTHS = (512, 2048, 8192, 32768, 65536)
+NEW = 128
+
+
+def main() -> None:
+    result: dict[str, Any] = {"conditions": conditions(dtype="float32", batch=1, sizes=SIZES, new_tokens=NEW)}
+    for family, size in SIZES.items():
+        model = ssm_jax.build(family, **size)
+        params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        rows = [_row(model, params, length) for length in LENGTHS]
+        result[family] = {
+            "rows": rows,
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.init_state(1))),
+        }
+        print(f"\n{family}: state of {result[family]['state_bytes']:,} bytes at any length")
+        print("   context   read us/token   decode us/token   forward MiB   training MiB")
+        for row in rows:
+            print(
+                f"  {row['length']:8,d}   {row['read_us_per_token']:13.1f}   {row['decode_us_per_token']:15.1f}"
+                f"   {row['forward_temp_bytes'] / 2**20:11.1f}   {row['training_temp_bytes'] / 2**20:12.1f}"
+            )
+    print("written:", save("context", result))
+
+
+def _row(model: Any, params: Any, length: int) -> dict[str, Any]:
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 1024, (1, length)), jnp.int32)
+
+    def read(params: Any, tokens: jax.Array) -> Any:
+        return model.apply({"params": params}, tokens, logits="last")
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        features, _ = model.apply({"params": params}, tokens, method="features")
+        total, weight = linear_cross_entropy(features, model.readout(params), tokens, jnp.ones(tokens.shape))
+        return total / weight
+
+    compiled = jax.jit(read).lower(params, tokens).compile()
+    training = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+    jax.block_until_ready(compiled(params, tokens))
+    prompt = np.asarray(tokens)
+    return {
+        "length": length,
+        "read_us_per_token": _seconds(lambda: jax.block_until_ready(compiled(params, tokens))) / length * 1e6,
+        "decode_us_per_token": _decode_seconds(model, params, prompt) / NEW * 1e6,
+        "forward_temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "training_temp_bytes": training.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _decode_seconds(model: Any, params: Any, prompt: np.ndarray) -> float:
+    """Generation of ``1 + NEW`` tokens less generation of one: the prompt's share drops out."""
+
+    def generate(count: int) -> float:
+        return _seconds(lambda: ssm_jax.generate(model, params, prompt, max_new_tokens=count))
+
+    generate(1), generate(1 + NEW)
+    return generate(1 + NEW) - generate(1)
+
+
+def _seconds(run: Any, rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()
