@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
@@ -20,6 +21,8 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> list[Int32[np.ndarray, "
     Raises:
         GenerationError: no prompt, an empty one, something that is not integers, or a token outside the vocabulary.
     """
+    if isinstance(prompts, jax.Array):
+        prompts = np.asarray(prompts)
     rows = [_as_tokens(row, number) for number, row in enumerate(prompts)]
     if not rows:
         raise GenerationError("There is no prompt; give an integer array [B, L] or a list of token lists.")

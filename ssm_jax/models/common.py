@@ -13,3 +13,8 @@ def require(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def published(d_model: int, n_layers: int) -> dict[str, Any]:
+    """Fields of a size published by state-spaces: trained with the GPT-NeoX tokenizer, everything else as by default."""
+    return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssm_jax.models.common import require, round_up
+from ssm_jax.models.common import published, require, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba
 
@@ -95,14 +95,10 @@ def flops_per_token(config: MambaConfig, context: int) -> float:
     return 2.0 * (config.n_layers * (products + config.d_conv * E + scan) + D * config.padded_vocab_size)
 
 
-def _published(d_model: int, n_layers: int) -> dict[str, Any]:
-    return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}
-
-
 PRESETS: dict[str, dict[str, Any]] = {
-    "mamba-130m": _published(768, 24),
-    "mamba-370m": _published(1024, 48),
-    "mamba-790m": _published(1536, 48),
-    "mamba-1.4b": _published(2048, 48),
-    "mamba-2.8b": _published(2560, 64),
+    "mamba-130m": published(768, 24),
+    "mamba-370m": published(1024, 48),
+    "mamba-790m": published(1536, 48),
+    "mamba-1.4b": published(2048, 48),
+    "mamba-2.8b": published(2560, 64),
 }

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssm_jax.models.common import require, round_up
+from ssm_jax.models.common import published, require, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba2
 
@@ -101,14 +101,10 @@ def flops_per_token(config: Mamba2Config, context: int) -> float:
     return 2.0 * (config.n_layers * (products + conv + recurrence) + D * config.padded_vocab_size)
 
 
-def _published(d_model: int, n_layers: int) -> dict[str, Any]:
-    return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}
-
-
 PRESETS: dict[str, dict[str, Any]] = {
-    "mamba2-130m": _published(768, 24),
-    "mamba2-370m": _published(1024, 48),
-    "mamba2-780m": _published(1536, 48),
-    "mamba2-1.3b": _published(2048, 48),
-    "mamba2-2.7b": _published(2560, 64),
+    "mamba2-130m": published(768, 24),
+    "mamba2-370m": published(1024, 48),
+    "mamba2-780m": published(1536, 48),
+    "mamba2-1.3b": published(2048, 48),
+    "mamba2-2.7b": published(2560, 64),
 }

@@ -166,5 +166,5 @@ def _require_finite(row: dict[str, Any], config: RunConfig) -> None:
     if row["skipped_in_a_row"] > config.optim.max_skipped:
         raise UserError(
             f"Gradients were not finite in {row['skipped_in_a_row']} updates in a row, up to step {row['step']}; lower optim.lr. "
-            "No such update reached the parameters; the last checkpoint is good."
+            "None of them reached the parameters."
         )

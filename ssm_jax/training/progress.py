@@ -65,8 +65,9 @@ class TrainingProgress:
             self.note(f"step {row['step']}/{self._total}  {status}  lr {row['lr']:.2e}  {left} left")
 
     def note(self, text: str) -> None:
-        """Lines above the bar, printed as they are."""
-        self._console.print(Text(text), soft_wrap=True)
+        """Lines above the bar, printed as they are; characters that could steer a terminal are shown as U+FFFD."""
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        self._console.print(Text(shown), soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

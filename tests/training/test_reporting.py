@@ -18,7 +18,7 @@ def shown(terminal: bool) -> str:
         progress.start(2, 43)
         progress.update(ROW)
         progress.update(ROW)
-        progress.note("a [red]sample[/red] :smile:")
+        progress.note("a [red]sample[/red] :smile:\x1b]0;title\x07")
     return stream.getvalue()
 
 
@@ -26,7 +26,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = shown(terminal=False).splitlines()
     assert lines == [
         "step 3/43  loss 1.2500  12,346 tokens/s  lr 1.00e-03  1:00:00 left",
-        "a [red]sample[/red] :smile:",
+        "a [red]sample[/red] :smile:\ufffd]0;title\ufffd",
     ]
 
 

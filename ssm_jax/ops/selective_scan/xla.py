@@ -14,14 +14,15 @@ computes the states of a chunk again. What makes it fast:
       dA         += dt_t g_t p_t
 
 * Sums over the state entries are written out entry by entry: vector code over channels.
-* Channels are split into groups, and sums over channels (dB, dC) stay one per group until all tokens are done. So a mesh that
-  splits the channels adds them up once, not once per token.
+* Channels are split into up to 8 groups, and sums over channels (dB, dC) stay one per group until all tokens are done. So a mesh
+  that splits the channels adds them up once, not once per token.
+* dA is the sum of two, over even and over odd tokens. XLA:CPU shares the work of a plain sum among its threads, who then wait
+  for each other at every token; an element of a stack it updates in place, by itself.
 
 Axes in this file: B lane, K chunk, T token of a chunk, S channel group, N state entry, E channel of a group.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from jax import Array, lax
 
 from ssm_jax.ops.selective_scan.inputs import Inputs, skip_and_gate, step_size
 
-MAX_GROUPS = 8
+MIN_GROUP_SIZE = 128
 
 
 class _Sequences(NamedTuple):
@@ -151,12 +152,14 @@ def backward(
             )
             d_tokens = jax.tree.map(lambda d, d_t: lax.dynamic_update_index_in_dim(d, d_t, t, 1), d_tokens, d_token)
             g_all = q + d_y_t * token.C
-            return _decay(g_all, token, A), d_A + token.dt * g_all * p, d_tokens
+            d_A_half = lax.dynamic_index_in_dim(d_A, t % 2, keepdims=False) + token.dt * g_all * p
+            d_A = lax.dynamic_update_index_in_dim(d_A, d_A_half, t % 2, 0)
+            return _decay(g_all, token, A), d_A, d_tokens
 
         per_group = jnp.zeros((*u.shape[:3], entries), u.dtype)
         d_tokens = (jnp.zeros_like(u), jnp.zeros_like(u), per_group, per_group)
         q, d_A, (d_dt, d_u, d_B, d_C) = lax.fori_loop(0, chunk_size, step, (q, d_parameters.A_SNE, d_tokens))
-        s = jnp.sum(d_y_T * u, axis=-1, keepdims=True)
+        s = jnp.einsum("btse,btse->bts", d_y_T, u, precision=lax.Precision.HIGHEST)[..., None]
         d_B += chunk.C_BTN[:, :, None] * s
         d_C += chunk.B_BTN[:, :, None] * s
         d_x_in, d_dt, d_dt_bias = pull_dt_u((d_dt, d_u))
@@ -174,7 +177,7 @@ def backward(
     d_sequences = jax.tree.map(jnp.zeros_like, sequences)._replace(
         B_BTN=per_group, C_BTN=per_group, reset_BT=None, present_BT=None
     )
-    d_parameters = jax.tree.map(jnp.zeros_like, parameters)._replace(A_SNE=jnp.zeros_like(state))
+    d_parameters = jax.tree.map(jnp.zeros_like, parameters)._replace(A_SNE=jnp.zeros((2, *state.shape), state.dtype))
     q, _, d_sequences, d_parameters = lax.fori_loop(
         0, chunks, run_chunk, (_split_state(d_state_BNE, groups), p_T, d_sequences, d_parameters)
     )
@@ -188,7 +191,7 @@ def backward(
     return Inputs(
         x_BLE=sequence(d_sequences.x_BTSE),
         dt_BLE=sequence(d_sequences.dt_BTSE),
-        A_NE=_ungroup_state(d_parameters.A_SNE.sum(0)),
+        A_NE=_ungroup_state(d_parameters.A_SNE.sum((0, 1))),
         B_BLN=d_sequences.B_BTN.sum(2)[:, :length].astype(inputs.B_BLN.dtype),
         C_BLN=d_sequences.C_BTN.sum(2)[:, :length].astype(inputs.C_BLN.dtype),
         D_E=parameter(d_parameters.D_B1SE),
@@ -262,7 +265,7 @@ def _token(chunk: _Sequences, dt: Array, u: Array, t: Array) -> _Token:
 def _group(inputs: Inputs, chunk_size: int) -> tuple[_Parameters, Array, _Sequences]:
     """Channels split into groups, and the time axis filled up to whole chunks with absent tokens."""
     batch, length, channels = inputs.x_BLE.shape
-    groups = math.gcd(channels, MAX_GROUPS)
+    groups = max(g for g in (1, 2, 4, 8) if g == 1 or channels % (g * MIN_GROUP_SIZE) == 0)
     split = functools.partial(_split_channels, groups=groups)
 
     def per_lane(v: Array | None) -> Array | None:
