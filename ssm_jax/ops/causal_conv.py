@@ -4,7 +4,7 @@ It is a recurrence whose state is the window of the last K-1 inputs. A tap that 
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from ssm_jax.ops import dispatch
 from ssm_jax.typing import Lengths, Reset
+
+_EXACT = lax.Precision.HIGHEST
 
 
 def causal_conv(
@@ -54,7 +56,14 @@ def causal_conv(
 
 
 def _activate(y: Array, activation: str | None) -> Array:
-    return jax.nn.silu(y) if activation == "silu" else y
+    return y / (1 + jnp.exp(-y)) if activation == "silu" else y
+
+
+def _activation_slope(y: Array, activation: str | None) -> Array | float:
+    if activation is None:
+        return 1.0
+    sigmoid = 1 / (1 + jnp.exp(-y))
+    return sigmoid * (1 + y * (1 - sigmoid))
 
 
 def reference(
@@ -96,15 +105,34 @@ def xla(
     activation: str | None,
 ) -> tuple[Array, Array]:
     """K shifted multiply-adds over the window and the inputs, one after the other."""
-    taps, length = kernel.shape[0], x.shape[1]
-    kernel, bias = kernel.astype(window.dtype), bias.astype(window.dtype)
+    extended, context, kernel, bias = _prepare(x, kernel, bias, window, reset)
+    y = _convolve(extended, context, kernel, bias)
+    return _activate(y, activation).astype(x.dtype), _next_window(extended, context, lengths, len(kernel))
+
+
+def _prepare(
+    x: Array, kernel: Array, bias: Array, window: Array, reset: Array | None
+) -> tuple[Array, Array | None, Array, Array]:
+    """The window and the inputs in one array, the context of each token, and the parameters in buffers of their own.
+
+    A parameter that is sliced from a stack of layers would be fused, slice and all, into the loops that use it, which XLA:CPU
+    does not vectorise then; a matmul with the identity is never fused.
+    """
+    taps = len(kernel)
+    parameters = jnp.concatenate([kernel, bias[None]]).astype(window.dtype)
+    if x.shape[1] > 1:
+        parameters = lax.dot(jnp.eye(taps + 1, dtype=window.dtype), parameters, precision=_EXACT)
     extended = jnp.concatenate([window, x.astype(window.dtype)], axis=1)
-    context = None if reset is None else _context(reset, taps)
-    y = jnp.broadcast_to(bias, x.shape)
-    for lag in range(taps):
-        tap = taps - 1 - lag
-        y += kernel[tap] * _within(context, lag, extended[:, tap : tap + length])
-    return _activate(y, activation).astype(x.dtype), _next_window(extended, context, lengths, taps)
+    return extended, None if reset is None else _context(reset, taps), parameters[:-1], parameters[-1]
+
+
+def _convolve(extended: Array, context: Array | None, kernel: Array, bias: Array) -> Array:
+    taps = len(kernel)
+    length = extended.shape[1] - taps + 1
+    y = bias
+    for tap in range(taps):
+        y = y + kernel[tap] * _within(context, taps - 1 - tap, extended[:, tap : tap + length])
+    return y
 
 
 def _context(reset: Array, taps: int) -> Int[Array, "B L"]:
@@ -149,14 +177,39 @@ def _forward(
 def _backward(
     activation: str | None,
     implementation: str | None,
-    arrays: tuple[Array | None, ...],
+    arrays: tuple[Any, ...],
     cotangents: tuple[Array, Array],
 ) -> tuple[Array | None, ...]:
     """Keeps the inputs alone: the forward pass is cheaper to run again than its K shifted copies are to store."""
     del implementation
-    differentiable, masks = arrays[:4], arrays[4:]
-    _, pullback = jax.vjp(lambda *inputs: xla(*inputs, *masks, activation=activation), *differentiable)
-    return *pullback(cotangents), None, None
+    x, kernel, bias, window, reset, lengths = arrays
+    d_y, d_window = cotangents
+    extended, context, wide_kernel, wide_bias = _prepare(x, kernel, bias, window, reset)
+    taps, length = len(kernel), x.shape[1]
+    slope = _activation_slope(_convolve(extended, context, wide_kernel, wide_bias), activation)
+    d_sum = d_y.astype(window.dtype) * slope
+    _, pull = jax.vjp(lambda extended: _next_window(extended, context, lengths, taps), extended)
+    (d_extended,) = pull(d_window)
+    margins = ((0, 0), (taps - 1, taps - 1))
+    padded = jnp.pad(d_sum, (*margins, (0, 0)))
+    padded_context = None if context is None else jnp.pad(context, margins)
+    d_kernel = []
+    for tap in range(taps):
+        lag, start = taps - 1 - tap, taps - 1 - tap
+        reaching = slice(start, start + length + taps - 1)
+        within = None if padded_context is None else padded_context[:, reaching]
+        d_extended += wide_kernel[tap] * _within(within, lag, padded[:, reaching])
+        d_kernel.append(
+            jnp.einsum("btd,btd->d", _within(context, lag, d_sum), extended[:, tap : tap + length], precision=_EXACT)
+        )
+    return (
+        d_extended[:, taps - 1 :].astype(x.dtype),
+        jnp.stack(d_kernel).astype(kernel.dtype),
+        jnp.einsum("btd->d", d_sum).astype(bias.dtype),
+        d_extended[:, : taps - 1],
+        None,
+        None,
+    )
 
 
 _differentiable.defvjp(_forward, _backward)

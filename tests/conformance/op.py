@@ -68,8 +68,9 @@ class OpConformance:
             "any_implementation": self.implementations,
             "masks": self.masks,
         }
-        for name in values.keys() & set(metafunc.fixturenames):
-            metafunc.parametrize(name, values[name])
+        for name in values:
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values[name])
 
     # How a case is made and run.
 

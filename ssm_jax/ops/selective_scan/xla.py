@@ -147,8 +147,8 @@ def backward(
             d_token = (
                 sum_over_entries(lambda n: g(n) * p[:, :, n] * A[:, n]),
                 sum_over_entries(lambda n: g(n) * token.B[:, :, n]),
-                _sum_over_channels(q, token.u),
-                _sum_over_channels(p, d_y_t),
+                _matmul("bsne,bsoe->bsn", q, token.u),
+                _matmul("bsne,bsoe->bsn", p, d_y_t),
             )
             d_tokens = jax.tree.map(lambda d, d_t: lax.dynamic_update_index_in_dim(d, d_t, t, 1), d_tokens, d_token)
             g_all = q + d_y_t * token.C
@@ -159,7 +159,7 @@ def backward(
         per_group = jnp.zeros((*u.shape[:3], entries), u.dtype)
         d_tokens = (jnp.zeros_like(u), jnp.zeros_like(u), per_group, per_group)
         q, d_A, (d_dt, d_u, d_B, d_C) = lax.fori_loop(0, chunk_size, step, (q, d_parameters.A_SNE, d_tokens))
-        s = jnp.einsum("btse,btse->bts", d_y_T, u, precision=lax.Precision.HIGHEST)[..., None]
+        s = _matmul("btse,btse->bts", d_y_T, u)[..., None]
         d_B += chunk.C_BTN[:, :, None] * s
         d_C += chunk.B_BTN[:, :, None] * s
         d_x_in, d_dt, d_dt_bias = pull_dt_u((d_dt, d_u))
@@ -210,11 +210,12 @@ def _one_token(inputs: Inputs, *, dt_softplus: bool) -> tuple[Array, Array, Arra
     z = None if inputs.z_BLE is None else inputs.z_BLE[:, 0].astype(wide)
     present = None if inputs.lengths_B is None else inputs.lengths_B[:, None] > 0
     dt = step_size(dt, inputs.dt_bias_E, present, softplus=dt_softplus)
-    state = jnp.exp(dt[:, None] * inputs.A_NE) * inputs.state_BNE
+    x, dt = jnp.moveaxis(_materialise(jnp.stack([x, dt], axis=1)), 1, 0)
+    state = jnp.exp(dt[:, None] * _materialise(inputs.A_NE)) * inputs.state_BNE
     if inputs.reset_BL is not None:
         state = jnp.where(inputs.reset_BL[:, :, None], 0.0, state)
     state += B[:, :, None] * (dt * x)[:, None]
-    y = skip_and_gate(_sum_over_entries(lambda n: state[:, n] * C[:, n, None], state.shape[1]), x, inputs.D_E, z)
+    y = skip_and_gate(_matmul("bn,bne->be", C, state), x, inputs.D_E, z)
     return y[:, None].astype(inputs.x_BLE.dtype), state, inputs.state_BNE[None]
 
 
@@ -237,9 +238,19 @@ def _sum_over_entries(term: Callable[[int], Array], entries: int) -> Array:
     return functools.reduce(jnp.add, map(term, range(entries)))
 
 
-def _sum_over_channels(state: Array, v: Array) -> Array:
-    """sum_e state_n v, per group."""
-    return jnp.einsum("bsne,bsoe->bsn", state, v, precision=lax.Precision.HIGHEST)
+def _materialise(v: Array) -> Array:
+    """v itself. XLA:CPU fuses whatever it can, and would compute v anew for every state entry; it does not fuse into products."""
+
+
+    def through_product(v: Array) -> Array:
+        eye = jnp.broadcast_to(jnp.eye(v.shape[-2], dtype=v.dtype), (*v.shape[:-2], v.shape[-2], v.shape[-2]))
+        return _matmul("...ij,...jk->...ik", eye, v)
+
+    return lax.platform_dependent(v, cpu=through_product, default=lambda v: v)
+
+
+def _matmul(axes: str, *arrays: Array) -> Array:
+    return jnp.einsum(axes, *arrays, precision=lax.Precision.HIGHEST)
 
 
 def _chunk(sequences: _Sequences, k: Array, chunk_size: int) -> _Sequences:
