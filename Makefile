@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := runs/demo
 # Text for the demo: empty means the sources of Python's standard library; else a file or folder of text.
 TEXT ?=
+PROMPT ?= def
+RUN := runs/demo$(if $(TEXT),-$(notdir $(abspath $(TEXT))))
+DATA := runs/data/$(if $(TEXT),$(notdir $(abspath $(TEXT))),stdlib)
 TESTS ?=
 
 .DEFAULT_GOAL := help
@@ -34,6 +36,16 @@ $(VENV)/.test: $(VENV)/.run pyproject.toml
 $(VENV)/.lint: $(VENV)/.run pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	@touch $@
+
+demo: $(VENV)/.run
+	@test -e $(DATA) || $(BIN)/python -m train.prepare_data $(or $(TEXT),--python-stdlib) --out $(DATA) --seq-len 256
+	@$(BIN)/python -m train.pretrain --config configs/run/demo.yaml output=$(RUN) data.path=$(DATA)
+	@$(BIN)/python -m train.evaluate $(RUN)
+	@$(BIN)/python -m train.report $(RUN)
+	@test -e $(RUN)/transformers || $(BIN)/python -m train.convert $(RUN) $(RUN)/transformers
+	@echo; echo "The model continues '$(PROMPT)':"; echo
+	@$(BIN)/python -m train.generate $(RUN) --prompt "$(PROMPT) " --max-new-tokens 400 --seed 1
+	@echo; echo "Open $(RUN)/report.html. More text: $(BIN)/python -m train.generate $(RUN) --prompt 'class '"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)

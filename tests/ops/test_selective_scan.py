@@ -158,14 +158,15 @@ def test_one_token_takes_no_loop(masked: bool) -> None:
 class Wide(TestSelectiveScan):
     """Only for its inputs: enough channels for a mesh."""
 
-    channels, entries = 32, 4
+    channels, entries = 512, 4
 
 
+@pytest.mark.parametrize("length", [1, 37])
 @pytest.mark.parametrize("masks", ["none", "ragged"])
-def test_shards_over_lanes_and_channels_without_moving_sequences(masks: str) -> None:
+def test_shards_over_lanes_and_channels_without_moving_sequences(masks: str, length: int) -> None:
     """Forward, the devices exchange nothing. Backward, they add up the gradients of what they share, after all loops."""
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    case = Wide().case(37, "ragged")
+    case = Wide().case(length, "ragged")
     case = case._replace(masks=case.masks if masks == "ragged" else {})
     specs = {"B_BLN": ("data",), "C_BLN": ("data",), "A_EN": ("tensor",), "D_E": ("tensor",), "dt_bias_E": ("tensor",)}
 

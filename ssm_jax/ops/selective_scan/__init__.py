@@ -47,6 +47,8 @@ def selective_scan(
         h_t  = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t
         y_t  = (sum_n C_t h_t + D x_t) * silu(z_t)
 
+    Gradients are reverse-mode; the reference has forward-mode ones too.
+
     Args:
         A_EN: negative rates, one per channel and state entry.
         D_E, z_BLE, dt_bias_E: left out where None.

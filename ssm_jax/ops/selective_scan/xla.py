@@ -55,14 +55,20 @@ class _Parameters(NamedTuple):
     dt_bias_B1SE: Array | None
 
 
-class _Token(NamedTuple):
-    """One token, with axes that broadcast against a state [B, S, N, E]."""
+class _Tokens(NamedTuple):
+    """What the recurrence sees of a chunk: [B, T, ...]. And of one token, with axes that broadcast against a state [B, S, N, E]."""
 
     dt: Array
     u: Array
     B: Array
     C: Array
     reset: Array | None
+
+    def at(self, t: Array) -> "_Tokens":
+        reset = None if self.reset is None else _at(self.reset, t)[:, None, None, None]
+        dt, u = (_at(v, t)[:, :, None] for v in (self.dt, self.u))
+        B, C = (_at(v, t)[:, None, :, None] for v in (self.B, self.C))
+        return _Tokens(dt, u, B, C, reset)
 
 
 def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Array, Array, Array]:
@@ -78,10 +84,11 @@ def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Arra
         states = lax.dynamic_update_index_in_dim(states, _ungroup_state(state), k, 0)
         chunk = _chunk(sequences, k, chunk_size)
         dt, u = _discretise(chunk.x_BTSE, chunk.dt_BTSE, parameters.dt_bias_B1SE, chunk.present_BT, dt_softplus)
+        tokens = _Tokens(dt, u, chunk.B_BTN, chunk.C_BTN, chunk.reset_BT)
 
         def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             state, y = carry
-            token = _token(chunk, dt, u, t)
+            token = tokens.at(t)
             state = _decay(state, token, parameters.A_SNE) + token.u * token.B
             y_t = _sum_over_entries(lambda n: state[:, :, n] * token.C[:, :, n], state.shape[2])
             return state, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
@@ -101,11 +108,9 @@ def backward(
 ) -> Inputs:
     """Gradients with respect to ``inputs``, from the states that entered the chunks; None for reset and lengths."""
     parameters, state, sequences = _group(inputs, chunk_size)
-    A, length = parameters.A_SNE, inputs.x_BLE.shape[1]
-    groups, entries = A.shape[:2]
-    chunks = states_KBNE.shape[0]
+    length, chunks = inputs.x_BLE.shape[1], states_KBNE.shape[0]
+    groups, entries = parameters.A_SNE.shape[:2]
     d_y = _split_channels(_fill(d_y_BLE, chunk_size), groups)
-    sum_over_entries = functools.partial(_sum_over_entries, entries=entries)
 
     def run_chunk(i: Array, carry: Any) -> Any:
         q, p_T, d_sequences, d_parameters = carry
@@ -117,53 +122,15 @@ def backward(
             chunk.dt_BTSE,
             parameters.dt_bias_B1SE,
         )
-
-        u_before, B_before = _shift(u), _shift(chunk.B_BTN)
-
-        def again(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            p, p_T, y = carry
-            token, before = _token(chunk, dt, u, t), _token(chunk._replace(B_BTN=B_before), dt, u_before, t)
-            p = _decay(p + before.u * before.B, token, A)
-            y_t = sum_over_entries(lambda n: (p[:, :, n] + token.u[:, :, 0] * token.B[:, :, n]) * token.C[:, :, n])
-            p_T = lax.dynamic_update_index_in_dim(p_T, p, t, 0)
-            return p, p_T, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
-
-        state = _split_state(lax.dynamic_index_in_dim(states_KBNE, k, keepdims=False), groups)
-        _, p_T, y = lax.fori_loop(0, chunk_size, again, (state, p_T, jnp.zeros_like(u)))
-        out, pull_out = jax.vjp(skip_and_gate, y, chunk.x_BTSE, parameters.D_B1SE, chunk.z_BTSE)
+        tokens = _Tokens(dt, u, chunk.B_BTN, chunk.C_BTN, chunk.reset_BT)
+        state = _split_state(_at(states_KBNE, k, 0), groups)
+        p_T, y_chunk = _states_again(state, tokens, parameters.A_SNE, p_T)
+        out, pull_out = jax.vjp(skip_and_gate, y_chunk, chunk.x_BTSE, parameters.D_B1SE, chunk.z_BTSE)
         d_out = lax.dynamic_slice_in_dim(d_y, k * chunk_size, chunk_size, 1).astype(out.dtype)
-        d_y_T, d_x, d_D, d_z = pull_out(d_out)
-
-        def step(i: Array, carry: Any) -> Any:
-            q, d_A, d_tokens = carry
-            t = chunk_size - 1 - i
-            token = _token(chunk, dt, u, t)
-            p = lax.dynamic_index_in_dim(p_T, t, keepdims=False)
-            d_y_t = lax.dynamic_index_in_dim(d_y_T, t, 1)[:, 0, :, None]
-
-            def g(n: int) -> Array:
-                return q[:, :, n] + d_y_t[:, :, 0] * token.C[:, :, n]
-
-            d_token = (
-                sum_over_entries(lambda n: g(n) * p[:, :, n] * A[:, n]),
-                sum_over_entries(lambda n: g(n) * token.B[:, :, n]),
-                _matmul("bsne,bsoe->bsn", q, token.u),
-                _matmul("bsne,bsoe->bsn", p, d_y_t),
-            )
-            d_tokens = jax.tree.map(lambda d, d_t: lax.dynamic_update_index_in_dim(d, d_t, t, 1), d_tokens, d_token)
-            g_all = q + d_y_t * token.C
-            d_A_half = lax.dynamic_index_in_dim(d_A, t % 2, keepdims=False) + token.dt * g_all * p
-            d_A = lax.dynamic_update_index_in_dim(d_A, d_A_half, t % 2, 0)
-            return _decay(g_all, token, A), d_A, d_tokens
-
-        per_group = jnp.zeros((*u.shape[:3], entries), u.dtype)
-        d_tokens = (jnp.zeros_like(u), jnp.zeros_like(u), per_group, per_group)
-        q, d_A, (d_dt, d_u, d_B, d_C) = lax.fori_loop(0, chunk_size, step, (q, d_parameters.A_SNE, d_tokens))
-        s = _matmul("btse,btse->bts", d_y_T, u)[..., None]
-        d_B += chunk.C_BTN[:, :, None] * s
-        d_C += chunk.B_BTN[:, :, None] * s
-        d_x_in, d_dt, d_dt_bias = pull_dt_u((d_dt, d_u))
-        d_chunk = _Sequences(d_x_in + d_x, d_dt, d_z, d_B, d_C, None, None)
+        d_y_chunk, d_x, d_D, d_z = pull_out(d_out)
+        q, d_A, d_tokens = _token_gradients(q, d_parameters.A_SNE, tokens, p_T, d_y_chunk, parameters.A_SNE)
+        d_x_too, d_dt, d_dt_bias = pull_dt_u((d_tokens.dt, d_tokens.u))
+        d_chunk = _Sequences(d_x + d_x_too, d_dt, d_z, d_tokens.B, d_tokens.C, None, None)
         d_sequences = jax.tree.map(
             lambda d, d_k: lax.dynamic_update_slice_in_dim(d, d_k.astype(d.dtype), k * chunk_size, 1),
             d_sequences,
@@ -181,26 +148,81 @@ def backward(
     q, _, d_sequences, d_parameters = lax.fori_loop(
         0, chunks, run_chunk, (_split_state(d_state_BNE, groups), p_T, d_sequences, d_parameters)
     )
-
-    def sequence(d: Array | None) -> Array | None:
-        return None if d is None else _ungroup(d)[:, :length]
-
-    def parameter(d: Array | None) -> Array | None:
-        return None if d is None else d.sum((0, 1)).reshape(-1)
-
+    d_x, d_dt, d_z, d_B, d_C = jax.tree.map(lambda d: d[:, :length], d_sequences[:5])
+    d_x, d_dt, d_z = jax.tree.map(_ungroup, (d_x, d_dt, d_z))
+    d_D, d_dt_bias = jax.tree.map(lambda d: d.sum((0, 1)).reshape(-1), d_parameters[1:])
     return Inputs(
-        x_BLE=sequence(d_sequences.x_BTSE),
-        dt_BLE=sequence(d_sequences.dt_BTSE),
+        x_BLE=d_x,
+        dt_BLE=d_dt,
         A_NE=_ungroup_state(d_parameters.A_SNE.sum((0, 1))),
-        B_BLN=d_sequences.B_BTN.sum(2)[:, :length].astype(inputs.B_BLN.dtype),
-        C_BLN=d_sequences.C_BTN.sum(2)[:, :length].astype(inputs.C_BLN.dtype),
-        D_E=parameter(d_parameters.D_B1SE),
-        z_BLE=sequence(d_sequences.z_BTSE),
-        dt_bias_E=parameter(d_parameters.dt_bias_B1SE),
+        B_BLN=d_B.sum(2).astype(inputs.B_BLN.dtype),
+        C_BLN=d_C.sum(2).astype(inputs.C_BLN.dtype),
+        D_E=d_D,
+        z_BLE=d_z,
+        dt_bias_E=d_dt_bias,
         state_BNE=_ungroup_state(q),
         reset_BL=None,
         lengths_B=None,
     )
+
+
+def _states_again(state: Array, tokens: _Tokens, A: Array, p_T: Array) -> tuple[Array, Array]:
+    """p_t of all tokens of a chunk, and y before skip and gate. What ``p_T`` held is overwritten: a buffer for all chunks.
+
+    The loop carries p_t itself, with the input of the token before still to come: p_t = exp(dt_t A) (p_{t-1} + u_{t-1} B_{t-1}).
+    """
+    tokens_before = tokens._replace(u=_shift(tokens.u), B=_shift(tokens.B))
+
+    def step(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        p, p_T, y = carry
+        token, before = tokens.at(t), tokens_before.at(t)
+        p = _decay(p + before.u * before.B, token, A)
+        y_t = _sum_over_entries(
+            lambda n: (p[:, :, n] + token.u[:, :, 0] * token.B[:, :, n]) * token.C[:, :, n], A.shape[1]
+        )
+        p_T = lax.dynamic_update_index_in_dim(p_T, p, t, 0)
+        return p, p_T, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
+
+    _, p_T, y = lax.fori_loop(0, p_T.shape[0], step, (state, p_T, jnp.zeros_like(tokens.u)))
+    return p_T, y
+
+
+def _token_gradients(
+    q: Array, d_A: Array, tokens: _Tokens, p_T: Array, d_y: Array, A: Array
+) -> tuple[Array, Array, _Tokens]:
+    """From q at the end of a chunk to q before it, dA with the chunk's share added, and the gradients of its tokens.
+
+    d(dt) is the part through the decay only; dB and dC are per channel group.
+    """
+    chunk_size, entries = p_T.shape[0], A.shape[1]
+
+    def step(i: Array, carry: tuple[Array, Array, _Tokens]) -> tuple[Array, Array, _Tokens]:
+        q, d_A, d_tokens = carry
+        t = chunk_size - 1 - i
+        token, p, d_y_t = tokens.at(t), _at(p_T, t, 0), _at(d_y, t)[:, :, None]
+
+        def g(n: int) -> Array:
+            return q[:, :, n] + d_y_t[:, :, 0] * token.C[:, :, n]
+
+        d_token = _Tokens(
+            dt=_sum_over_entries(lambda n: g(n) * p[:, :, n] * A[:, n], entries),
+            u=_sum_over_entries(lambda n: g(n) * token.B[:, :, n], entries),
+            B=_matmul("bsne,bsoe->bsn", q, token.u),
+            C=_matmul("bsne,bsoe->bsn", p, d_y_t),
+            reset=None,
+        )
+        d_tokens = jax.tree.map(lambda d, d_t: lax.dynamic_update_index_in_dim(d, d_t, t, 1), d_tokens, d_token)
+        g_all = q + d_y_t * token.C
+        d_A = lax.dynamic_update_index_in_dim(d_A, _at(d_A, t % 2, 0) + token.dt * g_all * p, t % 2, 0)
+        return _decay(g_all, token, A), d_A, d_tokens
+
+    per_channel = jnp.zeros_like(tokens.u)
+    per_group = jnp.zeros((*tokens.u.shape[:3], entries), tokens.u.dtype)
+    d_tokens = _Tokens(per_channel, per_channel, per_group, per_group, None)
+    q, d_A, d_tokens = lax.fori_loop(0, chunk_size, step, (q, d_A, d_tokens))
+    s = _matmul("btse,btse->bts", d_y, tokens.u)[..., None]
+    d_B, d_C = d_tokens.B + tokens.C[:, :, None] * s, d_tokens.C + tokens.B[:, :, None] * s
+    return q, d_A, d_tokens._replace(B=d_B, C=d_C)
 
 
 def _one_token(inputs: Inputs, *, dt_softplus: bool) -> tuple[Array, Array, Array]:
@@ -228,7 +250,7 @@ def _discretise(
     return dt, dt * x
 
 
-def _decay(state: Array, token: _Token, A: Array) -> Array:
+def _decay(state: Array, token: _Tokens, A: Array) -> Array:
     """exp(dt_t A) times the state (or, backwards, times its gradient), exactly 0 at the start of a document."""
     decayed = jnp.exp(token.dt * A) * state
     return decayed if token.reset is None else jnp.where(token.reset, 0.0, decayed)
@@ -240,7 +262,6 @@ def _sum_over_entries(term: Callable[[int], Array], entries: int) -> Array:
 
 def _materialise(v: Array) -> Array:
     """v itself. XLA:CPU fuses whatever it can, and would compute v anew for every state entry; it does not fuse into products."""
-
 
     def through_product(v: Array) -> Array:
         eye = jnp.broadcast_to(jnp.eye(v.shape[-2], dtype=v.dtype), (*v.shape[:-2], v.shape[-2], v.shape[-2]))
@@ -264,13 +285,8 @@ def _chunk(sequences: _Sequences, k: Array, chunk_size: int) -> _Sequences:
     return jax.tree.map(cut, sequences)
 
 
-def _token(chunk: _Sequences, dt: Array, u: Array, t: Array) -> _Token:
-    def at(v: Array) -> Array:
-        return lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
-
-    B, C = (at(v)[:, None, :, None] for v in (chunk.B_BTN, chunk.C_BTN))
-    reset = None if chunk.reset_BT is None else at(chunk.reset_BT)[:, None, None, None]
-    return _Token(at(dt)[:, :, None], at(u)[:, :, None], B, C, reset)
+def _at(v: Array, t: Array, axis: int = 1) -> Array:
+    return lax.dynamic_index_in_dim(v, t, axis, keepdims=False)
 
 
 def _group(inputs: Inputs, chunk_size: int) -> tuple[_Parameters, Array, _Sequences]:
