@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 # Text for the demo: empty means the sources of Python's standard library; else a file or folder of text.
 TEXT ?=
 PROMPT ?= def
-RUN := runs/demo$(if $(TEXT),-$(notdir $(abspath $(TEXT))))
-DATA := runs/data/$(if $(TEXT),$(notdir $(abspath $(TEXT))),stdlib)
+# The checksum keeps two texts of one name apart.
+NAME := $(if $(TEXT),$(notdir $(abspath $(TEXT)))-$(firstword $(shell echo "$(abspath $(TEXT))" | cksum)),stdlib)
+RUN := runs/$(if $(TEXT),$(NAME),demo)
+DATA := runs/data/$(NAME)
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types bench clean
+.PHONY: help demo test lint format types bench clean
 
 help:
 	@echo "make demo               train a small byte-level Mamba on real text, evaluate, generate, export (TEXT=path for your own)"
 	@echo "make test               the test suite, PyTorch parity included (TESTS='tests/ops -k ssd' for a part)"
-	@echo "make test-slow          what is too slow for every run"
 	@echo "make lint types         ruff and mypy"
 	@echo "make bench              speed beside PyTorch on this machine"
 
@@ -38,20 +39,17 @@ $(VENV)/.lint: $(VENV)/.run pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.run
-	@test -e $(DATA) || $(BIN)/python -m train.prepare_data $(or $(TEXT),--python-stdlib) --out $(DATA) --seq-len 256
+	@test -e $(DATA) || $(BIN)/python -m train.prepare_data $(if $(TEXT),"$(TEXT)",--python-stdlib) --out $(DATA) --seq-len 256
 	@$(BIN)/python -m train.pretrain --config configs/run/demo.yaml output=$(RUN) data.path=$(DATA)
 	@$(BIN)/python -m train.evaluate $(RUN)
 	@$(BIN)/python -m train.report $(RUN)
-	@test -e $(RUN)/transformers || $(BIN)/python -m train.convert $(RUN) $(RUN)/transformers
+	@$(BIN)/python -m train.convert $(RUN) $(RUN)/transformers --overwrite
 	@echo; echo "The model continues '$(PROMPT)':"; echo
 	@$(BIN)/python -m train.generate $(RUN) --prompt "$(PROMPT) " --max-new-tokens 400 --seed 1
 	@echo; echo "Open $(RUN)/report.html. More text: $(BIN)/python -m train.generate $(RUN) --prompt 'class '"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
-
-test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow $(TESTS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

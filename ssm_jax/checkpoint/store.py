@@ -45,6 +45,8 @@ def save(
     """
     folder = folder_of(root, step)
     write_folder(folder, items, info)
+    for partial in Path(root).glob(f"*{_PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
     for old in steps(root)[:-keep] if keep else []:
         if old != step:
             shutil.rmtree(folder_of(root, old))
@@ -129,9 +131,11 @@ def latest_good(root: str | Path, *, set_aside: bool) -> Path | None:
                 aside = _free_name(folder)
                 os.replace(folder, aside)
                 print(f"warning: set it aside as {aside}; trying the checkpoint before it", file=sys.stderr)
-    if found:
+    damaged = list(Path(root).glob(f"*{_DAMAGED}*")) if Path(root).is_dir() else []
+    if found or damaged:
         raise CheckpointError(
-            f"All {len(found)} checkpoint(s) in {root} are damaged; restore one from a backup or start anew in another folder."
+            f"All {len(found) or len(damaged)} checkpoint(s) in {root} are damaged; restore one from a backup or start anew "
+            "in another folder."
         )
     return None
 

@@ -9,6 +9,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 _Residuals = tuple[Array, Array, Array]
+_sum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class GatedRMSNorm(nn.Module):
@@ -45,7 +46,7 @@ def gated_rms_norm(
 def _gate(y: Array, z: Array, groups: int, epsilon: float) -> tuple[Array, Array]:
     v = y * z / (1 + jnp.exp(-z))
     v = v.reshape(*v.shape[:-1], groups, -1)
-    mean_square = jnp.einsum("...f,...f->...", v, v) / v.shape[-1]
+    mean_square = _sum("...f,...f->...", v, v) / v.shape[-1]
     return v, jax.lax.rsqrt(mean_square + epsilon)[..., None]
 
 
@@ -57,9 +58,9 @@ def _backward(groups: int, epsilon: float, residuals: _Residuals, d_out: Array) 
     y, z, scale = residuals
     v, inverse_rms = _gate(y, z, groups, epsilon)
     d_normalised = (d_out * scale).reshape(v.shape)
-    along_v = jnp.einsum("...f,...f->...", d_normalised, v)[..., None] / v.shape[-1]
+    along_v = _sum("...f,...f->...", d_normalised, v)[..., None] / v.shape[-1]
     d_v = (inverse_rms * (d_normalised - v * (jnp.square(inverse_rms) * along_v))).reshape(y.shape)
-    d_scale = jnp.einsum("ble,ble->e", d_out, (v * inverse_rms).reshape(y.shape))
+    d_scale = _sum("ble,ble->e", d_out, (v * inverse_rms).reshape(y.shape))
     sigmoid = 1 / (1 + jnp.exp(-z))
     return d_v * z * sigmoid, d_v * y * sigmoid * (1 + z * (1 - sigmoid)), d_scale
 

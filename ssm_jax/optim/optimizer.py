@@ -1,6 +1,7 @@
 """AdamW as an Optax chain: clip, moments, masked decay, learning rate, with a guard against non-finite gradients."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -49,8 +50,12 @@ class OptimConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be above 0")
+        if not (
+            0 <= self.final_lr < math.inf and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0
+        ):
+            raise ValueError("final_lr and weight_decay must not be negative, beta1 and beta2 must lie in [0, 1)")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both set; keep one")
         if not 0 <= self.warmup_ratio < 1 or self.warmup_steps < 0:

@@ -13,6 +13,11 @@ Every = int | float
 """A number of steps, or (below 1) a part of the whole run; 0 is never."""
 
 
+def _require_interval(every: Every) -> None:
+    if every < 0:
+        raise ValueError(f"every is {every}; it must be a number of steps, a part of the run below 1, or 0 for never")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Prepared data (``python -m train.prepare_data``).
@@ -71,6 +76,13 @@ class EvalConfig:
     every: Every = 0.1
     batches: int | None = 16
 
+    def __post_init__(self) -> None:
+        _require_interval(self.every)
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(
+                f"batches is {self.batches}; it must be at least 1, or null for all (every=0 turns it off)"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -83,6 +95,13 @@ class SampleConfig:
     top_k: int | None = None
     top_p: float | None = 0.95
 
+    def __post_init__(self) -> None:
+        _require_interval(self.every)
+        if self.max_new_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("max_new_tokens and top_k must be at least 1, temperature at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -92,6 +111,7 @@ class CheckpointConfig:
     keep: int | None = 2
 
     def __post_init__(self) -> None:
+        _require_interval(self.every)
         if self.keep is not None and self.keep < 1:
             raise ValueError("keep must be at least 1, or null to keep all")
 

@@ -15,7 +15,7 @@ import jax
 import yaml
 from jax.sharding import Mesh
 
-from ssm_jax import sharding
+from ssm_jax import distributed, sharding
 from ssm_jax.config import dump_yaml, read_yaml, to_dict
 from ssm_jax.data.shards import PackedDataset, open_dataset
 from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -45,6 +45,8 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         ShardingError, DataError, ConfigError: mesh, data or config cannot be used, or do not fit each other.
     """
+    if distributed.process_count() > 1:
+        raise ConfigError("Training runs in one process only so far; start one process with all devices.")
     mesh = sharding.make_mesh(config.mesh)
     data = open_dataset(config.data.path)
     held_out = open_dataset(config.data.path, "validation") if "validation" in data.manifest.splits else None
@@ -67,6 +69,11 @@ def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
         fields.setdefault("vocab_size", data.vocab_size)
     fields.setdefault("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = config_from_dict(fields)
+    if model.param_dtype != "float32":
+        raise ConfigError(
+            f"Config key 'model.param_dtype' is {model.param_dtype!r}; small updates would vanish in rounding. Train with float32 "
+            "parameters and set model.dtype=bfloat16 to compute in it."
+        )
     if model.vocab_size < data.vocab_size:
         raise ConfigError(
             f"Config key 'model.vocab_size' is {model.vocab_size} and the data in {data.path} has {data.vocab_size} token ids; "

@@ -171,7 +171,8 @@ def test_falls_back_to_the_last_good_one(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "00000001" / manifest.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"All 1 checkpoint\(s\) in .* are damaged"):
         checkpoint.latest_good(tmp_path, set_aside=True)
-    assert checkpoint.latest_good(tmp_path, set_aside=True) is None
+    with pytest.raises(CheckpointError, match=r"All 3 checkpoint\(s\) in .* are damaged"):
+        checkpoint.latest_good(tmp_path, set_aside=True)
 
 
 def test_a_failed_save_leaves_the_former_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,13 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mesh__sequence": 2}, ConfigError, r"mesh\.sequence is 2; only 1 works"),
         ({"optim__freeze": "[embde]"}, ConfigError, r"'optim\.freeze': 'embde' matches no parameter"),
         ({"checkpoint__keep": 0}, ConfigError, "keep must be at least 1"),
+        ({"checkpoint__every": -1}, ConfigError, "every is -1; it must be a number of steps"),
+        ({"eval__batches": 0}, ConfigError, "batches is 0; it must be at least 1, or null for all"),
+        ({"sample__temperature": -1.0}, ConfigError, "temperature at least 0"),
+        ({"sample__top_p": 0.0}, ConfigError, r"top_p is 0\.0; it must lie in \(0, 1\]"),
+        ({"optim__lr": ".nan"}, ConfigError, "lr is nan; it must be above 0"),
+        ({"optim__beta2": 1.5}, ConfigError, r"beta1 and beta2 must lie in \[0, 1\)"),
+        ({"model__param_dtype": "bfloat16"}, ConfigError, r"Train with float32 parameters and set model\.dtype=bfloat16"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_happens(
@@ -121,8 +128,10 @@ def test_a_damaged_checkpoint_is_set_aside(run: Run, tmp_path: Path, capsys: pyt
     assert sorted(path.name for path in root.iterdir()) == ["00000002", "00000004", "00000004.damaged"]
     for step in (2, 4):
         (root / f"{step:08d}" / "MANIFEST.json").unlink()
-    with pytest.raises(CheckpointError, match=r"All 2 checkpoint\(s\) in .* are damaged"):
-        run(train__steps=4)
+    for attempt, damaged in (("first", 2), ("again", 3)):
+        with pytest.raises(CheckpointError, match=rf"All {damaged} checkpoint\(s\) in .* are damaged"):
+            run(train__steps=4)
+        assert (tmp_path / "run" / "metrics.jsonl").read_text(), attempt
 
 
 def test_load_model_says_what_is_there(run: Run, tmp_path: Path) -> None:
