@@ -112,7 +112,8 @@ def test_microbatches_give_the_update_of_the_whole_batch() -> None:
         state, metrics = step(state, frozen, sharding.put_batch(random_batch(0), mesh))
         moments = state.opt_state.inner_state[1].mu
         outcomes.append(host((moments, {name: metrics[name] for name in ("loss", "weight", "grad_norm")})))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7 * np.abs(a).max()), *outcomes)
+    # Sums in another order: small entries carry the rounding of terms as large as the leaf's largest, a few float32 epsilons.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max()), *outcomes)
 
 
 def test_microbatches_on_a_mesh() -> None:
