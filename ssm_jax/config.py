@@ -93,8 +93,8 @@ def from_dict(cls: type[T], content: Mapping[str, Any], path: str = "") -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        section = f" in section {path.rstrip('.')!r}" if path else ""
-        raise ConfigError(f"{error}{section}") from error
+        section = f"Config section {path.rstrip('.')!r}: " if path else ""
+        raise ConfigError(f"{section}{error}.") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

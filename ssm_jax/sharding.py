@@ -1,7 +1,7 @@
 """How arrays lie on a mesh of devices: path patterns give logical axes, rules map those to mesh axes.
 
-Logical names are data, not boxes around parameters: one table covers parameters, optimizer moments (their paths end in the
-parameter's) and carried states (``ssm_jax.nn.state``). Everything is checked before anything compiles.
+Logical names are data, not boxes around parameters: one table covers parameters and their optimizer moments; carried states
+bring their own (``ssm_jax.nn.state``). Everything is checked before anything compiles.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def parameter_axes(name: str, ndim: int) -> Axes:
-    """Logical axes of the parameter at a path (or of an optimizer leaf whose path ends in it).
+    """Logical axes of the parameter at a path.
 
     Raises:
         ShardingError: no entry of PARAMETER_AXES fits, or several do.
@@ -138,6 +138,20 @@ def logical_axes(params: PyTree) -> PyTree:
         return parameter_axes(path_name(path), leaf.ndim) if leaf.ndim else ()
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def optimizer_axes(opt_state: PyTree, params: PyTree) -> PyTree:
+    """Logical axes of an optimizer's leaves: the parameter's where path end and shape are a parameter's (moments), none elsewhere
+    (counts, coefficients, factored moments)."""
+    known = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def axes(path: Any, leaf: Any) -> Axes:
+        parts = path_name(path).split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        name = next((end for end in ends if known.get(end) == leaf.shape), None)
+        return parameter_axes(name, leaf.ndim) if name is not None and leaf.ndim else (None,) * leaf.ndim
+
+    return jax.tree_util.tree_map_with_path(axes, opt_state)
 
 
 def partition_spec(

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, set[str]] = {}
-_BASE = {"typing", "errors", "config"}
+_BASE = {"typing", "errors", "config", "files"}
 _SERVICES = {"optim", "sharding", "distributed", "data", "checkpoint", "generation", "evaluation", "interop"}
 for _name in _BASE:
     LAYERS[_name] = {"errors"}

@@ -22,7 +22,7 @@ ORDER = 3
 
 def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    from ssm_jax import checkpoint
+    from ssm_jax import checkpoint, files
     from ssm_jax.data.shards import open_dataset
     from ssm_jax.evaluation import evaluate_baseline, evaluate_split
     from train.source import load
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     targets = [Path(args.json)] if args.json else []
     targets += [folder / "eval.json"] if (folder / "config.yaml").is_file() else []
     for target in targets:
-        target.write_text(text, encoding="utf-8")
+        files.write_text(target, text)
     print(table(result))
     for target in targets:
         print(f"written to {target}")

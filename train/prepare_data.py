@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text file, .jsonl file, or folder (read recursively, in sorted order)",
+        help="text file, .jsonl file, or folder (read recursively, in sorted order); before --validation and --include",
     )
     add("--out", metavar="DIR", help="folder to make")
     add("--python-stdlib", action="store_true", help="add the sources of this Python's standard library (about 9 MB)")

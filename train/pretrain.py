@@ -20,6 +20,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--config", metavar="YAML", help="run config, see configs/run/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes single keys")
     args = parser.parse_args(argv)
+    if not argv:
+        parser.error("give --config YAML, such as configs/run/demo.yaml, or every needed key as key.sub=value")
     from ssm_jax.training import load_run_config, train
 
     train(load_run_config(args.config, args.overrides))

@@ -124,13 +124,15 @@ def latest_good(root: str | Path, *, set_aside: bool) -> Path | None:
         folder = folder_of(root, step)
         try:
             manifest.verify(folder)
+            if step != found[-1]:
+                print(f"warning: using step {step} instead", file=sys.stderr)
             return folder
         except CheckpointError as error:
             print(f"warning: {error}", file=sys.stderr)
             if set_aside:
                 aside = _free_name(folder)
                 os.replace(folder, aside)
-                print(f"warning: set it aside as {aside}; trying the checkpoint before it", file=sys.stderr)
+                print(f"warning: set it aside as {aside}", file=sys.stderr)
     damaged = list(Path(root).glob(f"*{_DAMAGED}*")) if Path(root).is_dir() else []
     if found or damaged:
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """Reading prepared rows in batches: a batch is a pure function of the seed and the global row index.
 
 Row ``g`` of the endless stream is row ``shuffle(epoch, g mod rows)`` of the split, ``epoch = g // rows``. Batch ``b`` holds the
-rows ``b * batch_size + (0 ... batch_size - 1)``, and of P processes the p-th reads the p-th contiguous part of it. So starting
-at batch ``b`` gives what running on would give, and any number of processes sees the same batches.
+rows ``start_row + b * batch_size + (0 ... batch_size - 1)``, and of P processes the p-th reads the p-th contiguous part of it. So
+starting after the rows already used gives what running on would give, and any number of processes sees the same batches.
 """
 
 import bisect
@@ -53,7 +53,7 @@ def batches(
     *,
     batch_size: int,
     seed: int = 0,
-    start_index: int = 0,
+    start_row: int = 0,
     shuffle: bool = True,
     repeat: bool = True,
     process_index: int = 0,
@@ -66,7 +66,7 @@ def batches(
     Args:
         batch_size: rows of the global batch, all processes together.
         seed: of the shuffle, which differs from epoch to epoch.
-        start_index: index of the first global batch: the number of batches already used.
+        start_row: the first global row: the number of rows already used, by whatever batch sizes.
         shuffle: or the stored order.
         repeat: without end; else one pass, the last batch filled up with absent rows (position -1, weight 0).
         process_index, process_count: which contiguous part of each global batch to read.
@@ -90,12 +90,14 @@ def batches(
     absent = absent_row(dataset.seq_len)
 
     def read(index: int) -> Row:
-        first = index * batch_size + process_index * local_size
+        first = start_row + index * batch_size + process_index * local_size
         rows = [stream[i] if i < len(stream) else absent for i in range(first, first + local_size)]
         return {name: np.stack([row[name] for row in rows]) for name in absent}
 
-    stop = sys.maxsize // batch_size if repeat else -(-dataset.rows // batch_size)
-    return iter(grain.MapDataset.range(min(start_index, stop), stop).map(read).to_iter_dataset(_READ))
+    stop = sys.maxsize if repeat else dataset.rows
+    count = max(0, stop - start_row)
+    count = count // batch_size if repeat else -(-count // batch_size)
+    return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(_READ))
 
 
 def evaluation_batches(

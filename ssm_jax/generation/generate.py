@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Key
 from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import Decoder, decode_step, logits_of, make_decoder, unstack_state
 from ssm_jax.generation.prompt import Prompts, bucket, check_prompts, pieces
-from ssm_jax.generation.sampler import Sampling, sample
+from ssm_jax.generation.sampler import NOT_A_TOKEN, Sampling, sample
 from ssm_jax.models import LanguageModel
 from ssm_jax.nn.positions import last_present
 from ssm_jax.nn.state import LMState
@@ -72,7 +72,8 @@ def generate(
         decoder: ``make_decoder(model, params)``, for parameters that are used in many short calls; each makes its own else.
 
     Raises:
-        GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key.
+        GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
+            logits that are not numbers.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
@@ -80,9 +81,20 @@ def generate(
     progress = begin(model, params, decoder, rows, settings, prefill_chunk)
     first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
     if max_new_tokens == 1:
-        return first
+        return require_tokens(first)
     rest, _ = decode(model, decoder, progress, settings, max_new_tokens - 1, bucket(max_new_tokens - 1))
-    return np.concatenate([first, np.asarray(rest).T[:, : max_new_tokens - 1]], axis=1)
+    return require_tokens(np.concatenate([first, np.asarray(rest).T[:, : max_new_tokens - 1]], axis=1))
+
+
+def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
+    """The tokens, unless a lane met logits that are NaN."""
+    lanes, places = np.nonzero(tokens_BT == NOT_A_TOKEN)
+    if len(lanes):
+        raise GenerationError(
+            f"The logits of prompt {lanes[0]} are not numbers at new token {places[0]}; the weights are damaged or overflow "
+            "in this dtype. Check the parameters for NaN, or use dtype='float32'."
+        )
+    return tokens_BT
 
 
 def check_settings(
@@ -163,7 +175,11 @@ def _first_token(
 ) -> Progress:
     step = jnp.int32(0)
     token_B = sample(logits_of(model, decoder, features_BD), settings.sampling, settings.key, step)
-    return Progress(token_B, unstack_state(decoder, state), token_B == settings.eos_id, step)
+    return Progress(token_B, unstack_state(decoder, state), _ends(token_B, settings), step)
+
+
+def _ends(token_B: Int[Array, "B"], settings: Settings) -> Bool[Array, "B"]:
+    return (token_B == settings.eos_id) | (token_B == NOT_A_TOKEN)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"), donate_argnames=("progress",))
@@ -193,7 +209,7 @@ def decode(
         token_B = sample(logits_BV, settings.sampling, settings.key, step)
         token_B = jnp.where(progress.done_B, settings.pad_id, token_B)
         tokens_TB = jax.lax.dynamic_update_index_in_dim(tokens_TB, token_B, step - first_step, axis=0)
-        return Progress(token_B, state, progress.done_B | (token_B == settings.eos_id), step), tokens_TB
+        return Progress(token_B, state, progress.done_B | _ends(token_B, settings), step), tokens_TB
 
     progress, tokens_TB = jax.lax.while_loop(going_on, one_token, (progress, tokens_TB))
     return tokens_TB, progress

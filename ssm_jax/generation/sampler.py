@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 Scalar = Float[Array, ""]
+NOT_A_TOKEN = -1
+"""What is chosen where a logit is NaN."""
 
 
 class Sampling(NamedTuple):
@@ -29,7 +31,7 @@ def sample(
     """The next token of each lane.
 
     Drawn by the Gumbel-max rule: argmax(logits / temperature + g). The noise of lane i at ``step`` is a function of
-    (key, i, step) alone, so a lane draws the same whatever the other lanes are.
+    (key, i, step) alone, so a lane draws the same whatever the other lanes are. ``NOT_A_TOKEN`` where a logit is NaN.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.temperature is None:
@@ -75,10 +77,15 @@ def top_p_mask(logits_BV: Float[Array, "B V"], p: Scalar) -> Bool[Array, "B V"]:
 
 
 def _argmax(x_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """The first place of the largest value, in two plain reductions: several times faster on a CPU than one over pairs."""
+    """The first place of the largest value, in two plain reductions: several times faster on a CPU than one over pairs.
+
+    ``NOT_A_TOKEN`` for a row with a NaN.
+    """
     last = x_BV.shape[-1] - 1
-    places_BV = jnp.where(x_BV == jnp.max(x_BV, axis=-1, keepdims=True), jnp.arange(last + 1), last)
-    return jnp.min(places_BV, axis=-1).astype(jnp.int32)
+    largest_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
+    places_BV = jnp.where(x_BV == largest_B1, jnp.arange(last + 1), last)
+    places_B = jnp.min(places_BV, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isnan(largest_B1[:, 0]), NOT_A_TOKEN, places_B)
 
 
 def _ranks(x_BV: Float[Array, "B V"]) -> UInt32[Array, "B V"]:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key
 
 from ssm_jax.generation.decoder import Decoder, make_decoder
-from ssm_jax.generation.generate import PREFILL_CHUNK, begin, check_settings, decode
+from ssm_jax.generation.generate import PREFILL_CHUNK, begin, check_settings, decode, require_tokens
 from ssm_jax.generation.prompt import check_prompts
 from ssm_jax.models import LanguageModel
 from ssm_jax.typing import Params
@@ -31,7 +31,7 @@ def stream(
     """The tokens of ``generate(model, params, [prompt], ...)`` in small blocks as they are made, up to ``eos_id`` included.
 
     Raises:
-        GenerationError: as ``generate``, before the first block.
+        GenerationError: as ``generate``, before the first block but for logits that are not numbers.
     """
     rows = check_prompts([prompt], model.config.vocab_size)
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
@@ -39,13 +39,13 @@ def stream(
     def blocks() -> Iterator[Int32[np.ndarray, "n"]]:
         parts = decoder or make_decoder(model, params)
         progress = begin(model, params, parts, rows, settings, prefill_chunk)
-        yield np.array(progress.token_B)  # a copy: the buffer is donated next
+        yield require_tokens(np.array(progress.token_B)[None])[0]  # a copy: the buffer is donated next
         made = 1
         while made < max_new_tokens and not bool(progress.done_B[0]):
             count = min(BLOCK, max_new_tokens - made)
             tokens, progress = decode(model, parts, progress, settings, count, BLOCK)
             now = 1 + int(progress.step)
-            yield np.asarray(tokens)[: now - made, 0]
+            yield require_tokens(np.asarray(tokens)[: now - made].T)[0]
             made = now
 
     return blocks()

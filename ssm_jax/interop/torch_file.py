@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError,
+    MemoryError, OSError, RuntimeError, TypeError, ValueError)  # fmt: skip
+"""What the standard library raises on hostile or damaged archives and pickles."""
+_LARGEST_PICKLE = 1 << 28
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 _TO_SAFETENSORS = (
     'convert it where you trust it: python -c "import sys, torch; from safetensors.torch import save_file; '
@@ -51,9 +56,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         )
     try:
         return _read_archive(path)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise LayoutError(f"{path} is not a readable PyTorch file ({error}); download it again.") from error
-    except (AttributeError, EOFError, RecursionError, MemoryError, OverflowError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise LayoutError(f"{path} is not a readable PyTorch file ({error}); download it again.") from error
 
 
@@ -150,11 +153,15 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_archive(path: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its entries are compressed, which torch.save never does")
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in sizes if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise ValueError("it has no data.pkl")
         root = roots[0]
+        if sizes[f"{root}data.pkl"] > _LARGEST_PICKLE:
+            raise ValueError("its data.pkl is larger than any state dict's")
         if sizes.get(f"{root}byteorder") and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("it was written on a big-endian machine")
         content = _Unpickler(archive.read(f"{root}data.pkl"), path).load()
@@ -175,7 +182,7 @@ def _tensor(path: Path, root: str, view: _View) -> Tensor:
         try:
             with zipfile.ZipFile(path) as archive:  # checks the storage's CRC
                 flat = np.frombuffer(archive.read(f"{root}data/{view.storage.key}"), dtype)
-        except zipfile.BadZipFile as error:
+        except _UNREADABLE as error:
             raise LayoutError(f"{path} is damaged ({error}); download it again.") from error
         strides = [stride * dtype.itemsize for stride in view.strides]
         return np.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides, writeable=False)

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from ssm_jax.models import registry
+from ssm_jax.models.inputs import check_inputs
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
@@ -65,13 +66,17 @@ class LanguageModel(nn.Module):
         """Next-token logits and the state after the last present token.
 
         Args:
-            tokens: int32 [B, L].
+            tokens: int32 [B, L], every one inside the vocabulary, absent ones too.
             state: what a former call returned, or None for a fresh start.
             positions: int32 [B, L]; 0 starts a document (nothing before it has any influence), -1 marks an absent
                 token (a suffix of its row). None continues from the state.
             logits: "all" gives float32 [B, L, V]; "last" those of each row's last present token, [B, 1, V]; "none" gives
                 None.
             deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
+
+        Raises:
+            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the vocabulary
+                and a -1 that is not at the end of its row. Inside ``jit`` the former gives NaN, the latter is undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
         if logits == "none":
@@ -88,6 +93,7 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Activations, LMState]:
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
+        check_inputs(tokens, positions, self.config.vocab_size)
         batch, length = tokens.shape
         h_BLD, layer_states = scan_layers(
             self.layers,

@@ -80,10 +80,21 @@ def logical_axes(state: S) -> S:
 
 
 def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
-    """Picks, repeats, reorders or drops batch lanes: lane ``i`` of the result is lane ``lanes[i]`` of ``state``."""
+    """Picks, repeats, reorders or drops batch lanes: lane ``i`` of the result is lane ``lanes[i]`` of ``state``.
+
+    Raises:
+        IndexError: a lane that the state does not have (traced lanes are not checked).
+    """
     index = jnp.asarray(lanes, dtype=jnp.int32)
 
     def take(axes: Axes, leaf: Array) -> Array:
+        count = leaf.shape[axes.index("batch")]
+        if (
+            not isinstance(index, jax.core.Tracer)
+            and index.size
+            and not (-count <= index.min() and index.max() < count)
+        ):
+            raise IndexError(f"take_lanes: lanes {index.tolist()} of a state with {count} lane(s)")
         return jnp.take(leaf, index, axis=axes.index("batch"))
 
     return jax.tree.map(take, logical_axes(state), state, is_leaf=lambda node: _is_axes(node))

@@ -29,9 +29,9 @@ def cross_entropy(
 ) -> tuple[Scalar, Scalar]:
     """Sum over tokens of weight * (nll + z_loss * z^2), and the sum of the weights, both float32.
 
-    A target may be any id in range where its weight is 0.
+    Where the weight is 0, target and logits may be anything, NaN included.
     """
-    loss_BL, _ = _token_loss(logits_BLV.astype(jnp.float32), targets_BL, z_loss)
+    loss_BL, _ = _token_loss(_finite_where_ignored(logits_BLV.astype(jnp.float32), weights_BL), targets_BL, z_loss)
     return jnp.sum(loss_BL * weights_BL), jnp.sum(weights_BL, dtype=jnp.float32)
 
 
@@ -50,6 +50,8 @@ def linear_cross_entropy(
     Logits are float32 sums of products in the features' dtype; the gradients of features and readout are summed in float32. Every
     chunk has its part of every row, so a sharded batch stays where it is, and readout may be sharded in either axis.
 
+    Where the weight is 0, target and features may be anything, NaN included.
+
     Args:
         chunk_size: tokens of each row per chunk. None: about ``TOKENS_PER_CHUNK`` tokens per chunk and batch shard.
         batch_shards: into how many parts the mesh cuts B. The gradient of readout is then summed within each of them, and over them
@@ -61,6 +63,7 @@ def linear_cross_entropy(
         that belongs to the step.
     """
     chunk_size = _chunk_size(chunk_size, targets_BL, batch_shards)
+    features_BLD = _finite_where_ignored(features_BLD, weights_BL)
     total = _linear_loss((chunk_size, batch_shards, z_loss), features_BLD, readout_DV, targets_BL, weights_BL)
     return total, jnp.sum(weights_BL, dtype=jnp.float32)
 
@@ -77,6 +80,11 @@ def linear_token_nll(
     For evaluation: its gradient would keep all logits.
     """
     return _linear_token_loss(_chunk_size(chunk_size, targets_BL, 1), 0.0, features_BLD, readout_DV, targets_BL)
+
+
+def _finite_where_ignored(x: Array, weights: Array) -> Array:
+    """Zero in place of what is not finite where the weight is 0: zero times NaN is NaN."""
+    return jnp.where((weights == 0)[..., None] & ~jnp.isfinite(x), 0, x)
 
 
 def _token_loss(

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from ssm_jax.ops import dispatch
+from ssm_jax.ops.resets import clear
 from ssm_jax.typing import Reset
 
 ACCELERATOR_CHUNK_SIZE = 256
@@ -49,6 +50,7 @@ def linear_recurrence(
     a, b = a.astype(wide), b.astype(wide)
     state = jnp.zeros(b.shape[:1] + b.shape[2:], wide) if state is None else state.astype(wide)
     if reset is not None:
+        state = clear(state, reset[:, -1 if reverse else 0])
         a = jnp.where(lax.expand_dims(reset, range(2, a.ndim)), 0, a)
     if implementation == "reference":
         h = reference(a, b, state, reverse=reverse)

@@ -1,4 +1,4 @@
-"""AdamW as an Optax chain: clip, moments, masked decay, learning rate, with a guard against non-finite gradients."""
+"""The optimizer as an Optax chain: clip, direction, masked decay, learning rate, with a guard against non-finite gradients."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssm_jax.optim import schedules
+from ssm_jax.optim import directions, schedules
 from ssm_jax.optim.partition import paths
 from ssm_jax.typing import Params, PyTree
 
@@ -24,6 +24,7 @@ class OptimConfig:
     """AdamW with the published Mamba recipe as default.
 
     Attributes:
+        name: "adamw", "lion", "adafactor" or "muon"; see ``ssm_jax.optim.directions``.
         lr, final_lr: peak and last learning rate. schedule: see ``ssm_jax.optim.schedules``.
         warmup_steps, warmup_ratio: length of the warm-up, in steps or as a part of the total; at most one.
         decay_ratio: the part of a "wsd" schedule, after warm-up, that decays.
@@ -33,6 +34,7 @@ class OptimConfig:
         max_skipped: updates in a row that may be skipped for non-finite gradients before the run stops.
     """
 
+    name: directions.Name = "adamw"
     lr: float = 3e-3
     final_lr: float = 1e-5
     schedule: schedules.Name = "cosine"
@@ -87,7 +89,9 @@ def decay_mask(params: Params, no_decay: Sequence[str] = NO_DECAY) -> PyTree:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """``update(grads, state, params, learning_rate=lr)``: -lr * (m / (sqrt(v) + eps) + weight_decay * w * mask).
+    """``update(grads, state, params, learning_rate=lr)``: -lr * (direction + weight_decay * w * mask).
+
+    AdamW's direction is m / (sqrt(v) + eps).
 
     Gradients with any non-finite entry leave parameters and moments as they are (``optax.apply_if_finite``); the state counts
     such updates in a row (``notfinite_count``) and in all (``total_notfinite``).
@@ -95,7 +99,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     chain = optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        directions.direction(config.name, beta1=config.beta1, beta2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.no_decay)),
         _scale_by_learning_rate(),
     )

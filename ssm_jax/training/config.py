@@ -62,7 +62,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.time_budget_s is None):
-            raise ValueError("exactly one of steps and time_budget_s must be set")
+            raise ValueError("exactly one of steps and time_budget_s must be set; set the other to null")
         for name in ("steps", "time_budget_s", "max_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -56,7 +56,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             state, frozen, meter = restored
             total_steps = config.train.steps or int(state.total_steps)
             state = _with_total_steps(state, total_steps)
-            if meter.step >= total_steps:
+            if meter.step >= total_steps and summary.read(run.folder).get("steps") == meter.step:
                 progress.note(f"this run is finished, at step {meter.step}; nothing to do")
                 return summary.read(run.folder)
             progress.note(f"going on from step {meter.step} of {total_steps}")
@@ -75,13 +75,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         evaluate = make_evaluation(run)
         every = _intervals(config, total_steps)
         log = stack.enter_context(MetricsLog(run.folder, meter.step, config.log.tensorboard))
-        rows = _rows(run, meter.step)
+        rows = _rows(run, meter.rows)
         scores: dict[str, float] = {}
         done = saved = meter.step
         unread = None  # metrics of the last step: read after the next one is on its way, so that the device never waits
 
         def read(metrics: dict[str, jax.Array]) -> None:
-            row = meter.row(meter.step + 1, {name: value.item() for name, value in jax.device_get(metrics).items()})
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            row = meter.row(meter.step + 1, values, config.batch.size)
             if row["step"] % config.log.every == 0 or row["step"] == total_steps:
                 log.write(row)
             progress.update(row)
@@ -113,18 +114,20 @@ def train(config: RunConfig) -> dict[str, Any]:
             read(unread)
         if saved < done:
             saving.save(run, state, frozen, meter)
+        if done == total_steps and not scores and evaluate is not None:  # killed between the last save and the summary
+            scores = evaluate(state.params, frozen)
         if done < total_steps:
             progress.note(f"stopped at step {done} of {total_steps}; the same command goes on from there")
         measured = {**scores, "compile_s": compile_s, "session_s": time.monotonic() - started}
         return summary.write(run, state, frozen, meter, train_step, measured)
 
 
-def _rows(run: Run, first_batch: int) -> Iterator[Row]:
+def _rows(run: Run, start_row: int) -> Iterator[Row]:
     return batches(
         run.data,
         batch_size=run.config.batch.size,
         seed=run.config.data.seed,
-        start_index=first_batch,
+        start_row=start_row,
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
     )

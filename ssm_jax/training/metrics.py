@@ -2,39 +2,41 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssm_jax import files
+
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
 
 
 class Meter:
-    """Counts of a run that outlive a restart: steps and tokens trained on, seconds spent in training steps."""
+    """Counts of a run that outlive a restart: steps, data rows and tokens trained on, seconds spent in training steps."""
 
-    def __init__(self, step: int = 0, tokens: float = 0.0, seconds: float = 0.0):
-        self.step, self.tokens, self.seconds = step, tokens, seconds
+    def __init__(self, step: int = 0, rows: int = 0, tokens: float = 0.0, seconds: float = 0.0):
+        self.step, self.rows, self.tokens, self.seconds = step, rows, tokens, seconds
         self.restart()
 
     def restart(self) -> None:
         """Leaves out the time since the last row (evaluation, saving)."""
         self._last = time.monotonic()
 
-    def row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, step: int, metrics: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times are the same in every rerun."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
         values = dict(metrics)
         weight = values.pop("weight")
-        self.step, self.tokens, self.seconds = step, self.tokens + weight, self.seconds + step_s
+        self.step, self.rows = step, self.rows + batch_size
+        self.tokens, self.seconds = self.tokens + weight, self.seconds + step_s
         times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds}
         return {"step": step, **values, "tokens": self.tokens, **times}
 
     def counts(self) -> dict[str, Any]:
         """The arguments that make this meter again."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        return {"step": self.step, "rows": self.rows, "tokens": self.tokens, "seconds": self.seconds}
 
 
 class MetricsLog:
@@ -84,15 +86,13 @@ def truncate(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, "".join(kept))
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 import yaml
 from jax.sharding import Mesh
 
-from ssm_jax import distributed, sharding
+from ssm_jax import distributed, files, sharding
 from ssm_jax.config import dump_yaml, read_yaml, to_dict
 from ssm_jax.data.shards import PackedDataset, open_dataset
 from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -135,8 +135,8 @@ def describe_in_folder(run: Run) -> None:
     """Makes the run folder, with the resolved config, the identity and the tokenizer."""
     folder, wanted = run.folder, identity(run.config, run.data)
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
-    (folder / IDENTITY).write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
-    (folder / CONFIG).write_text(dump_yaml(run.config), encoding="utf-8")
+    files.write_text(folder / IDENTITY, yaml.safe_dump(wanted, sort_keys=False))
+    files.write_text(folder / CONFIG, dump_yaml(run.config))
     run.tokenizer.save(folder / TOKENIZER)
 
 

@@ -19,7 +19,6 @@ def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
         write_folder(root / FROZEN, {"params": frozen}, {})
     info = {
         "counts": meter.counts(),
-        "data_index": meter.step,
         "model": config.model,
         "freeze": list(config.optim.freeze),
         "train": list(config.optim.train),

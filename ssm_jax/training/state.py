@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
+from ssm_jax.nn import state as state_lib
 from ssm_jax.typing import Key, Params
 
 
@@ -50,8 +51,21 @@ def abstract(model: LanguageModel, config: optim.OptimConfig, mesh: Mesh) -> tup
     """
     build = functools.partial(create, model=model, config=config)
     shapes = jax.eval_shape(build, jax.random.key(0), jnp.int32(0))
-    placed = sharding.shardings(shapes, mesh)
+    state, frozen = shapes
+    axes = (_logical_axes(state), sharding.logical_axes(frozen))
+    placed = sharding.shardings(shapes, mesh, axes)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
+
+
+def _logical_axes(state: TrainState) -> TrainState:
+    return TrainState(
+        params=sharding.logical_axes(state.params),
+        opt_state=sharding.optimizer_axes(state.opt_state, state.params),
+        step=(),
+        total_steps=(),
+        key=(),
+        carry=None if state.carry is None else state_lib.logical_axes(state.carry),
+    )
 
 
 def initialize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ssm_jax import files
 from ssm_jax.training.metrics import Meter
 from ssm_jax.training.run import Run
 from ssm_jax.training.state import TrainState
@@ -65,7 +66,7 @@ def write(
         },
         "jax": jax.__version__,
     }
-    (run.folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_text(run.folder / SUMMARY, json.dumps(content, indent=2) + "\n")
     return content
 
 

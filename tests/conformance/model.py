@@ -111,11 +111,18 @@ class ModelConformance:
         variables, (tokens, positions, spans) = _variables(model), _packed(model.config)
         start, stop = spans[1]
         changed = tokens.at[:, :start].set((tokens[:, :start] + 1) % model.config.vocab_size)
-        dirty = jax.tree.map(lambda leaf: jnp.ones_like(leaf), model.init_state(2))
         logits, _ = _apply(model, variables, tokens, model.init_state(2), positions)
-        other, _ = _apply(model, variables, changed, dirty, positions)
+        other, _ = _apply(model, variables, changed, _filled_state(model, 1), positions)
         np.testing.assert_array_equal(logits[:, start:stop], other[:, start:stop])
         assert not np.allclose(logits[:, :start], other[:, :start], atol=1e-3)
+
+    @pytest.mark.parametrize("length", [1, 12])
+    def test_a_document_start_clears_a_broken_lane(self, model: LanguageModel, length: int) -> None:
+        variables, tokens = _variables(model), _tokens(model.config, 2, length)
+        positions = jnp.arange(length)[None].repeat(2, 0)
+        fresh = _apply(model, variables, tokens, model.init_state(2), positions)
+        mended = _apply(model, variables, tokens, _filled_state(model, jnp.nan), positions)
+        assert_trees_close(mended, fresh, 0.0)
 
     def test_left_padding_changes_nothing(self, model: LanguageModel) -> None:
         variables, tokens = _variables(model), _tokens(model.config, 2, 12)
@@ -278,6 +285,14 @@ class ModelConformance:
             following = jnp.argmax(logits[:, length - 1, : model.config.vocab_size], axis=-1)
             sequence = jnp.concatenate([sequence, following[:, None].astype(jnp.int32)], axis=1)
         np.testing.assert_array_equal(new, sequence[:, 7:])
+
+
+def _filled_state(model: LanguageModel, value: float) -> LMState:
+    """A state of two lanes with every float set to ``value``."""
+    return jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, value) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        model.init_state(2),
+    )
 
 
 def _packed(config: Any) -> tuple[jax.Array, jax.Array, list[tuple[int, int]]]:

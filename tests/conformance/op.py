@@ -222,6 +222,15 @@ class OpConformance:
                 assert not run[f"d_{name}"][:, :last].any(), name
         assert_run_close(loud_run, quiet_run, self.tolerance)
 
+    def test_a_document_start_clears_a_broken_state(self, any_implementation: str) -> None:
+        """A lane whose state is NaN or infinite is as good as a fresh one when a document starts with the call."""
+        clean = self.case(sum(DOCUMENTS), "packed")
+        broken = [jax.tree.map(lambda leaf, bad=bad: np.full_like(leaf, bad), clean.state) for bad in (np.nan, np.inf)]
+        call = self.call(implementation=any_implementation)
+        expected = self.run(call, clean)
+        for state in broken:
+            assert_run_close(self.run(call, clean._replace(state=state)), expected, 0.0)
+
     # Transformations and contracts.
 
     def test_vmap_equals_loop(self, implementation: str) -> None:

@@ -56,14 +56,21 @@ def test_resume_is_running_on(dataset: PackedDataset):
     per_epoch = dataset.rows // 7
     whole = take(batches(dataset, batch_size=7, seed=3), 2 * per_epoch)
     for start in (1, per_epoch - 1, per_epoch + 2):
-        assert_same(take(batches(dataset, batch_size=7, seed=3, start_index=start), 5), whole[start : start + 5])
+        assert_same(take(batches(dataset, batch_size=7, seed=3, start_row=7 * start), 5), whole[start : start + 5])
+
+
+def test_another_batch_size_goes_on_with_the_next_row(dataset: PackedDataset):
+    rows = take(batches(dataset, batch_size=1, seed=3), 6 * 4 + 5 * 3)
+    going_on = take(batches(dataset, batch_size=3, seed=3, start_row=6 * 4), 5)
+    parts = [{name: batch[name][i : i + 1] for name in batch} for batch in going_on for i in range(3)]
+    assert_same(parts, rows[6 * 4 :])
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_together_see_the_same_batches(dataset: PackedDataset, process_count: int):
-    whole = take(batches(dataset, batch_size=8, seed=1, start_index=3), 6)
+    whole = take(batches(dataset, batch_size=8, seed=1, start_row=24), 6)
     parts = [
-        take(batches(dataset, batch_size=8, seed=1, start_index=3, process_index=p, process_count=process_count), 6)
+        take(batches(dataset, batch_size=8, seed=1, start_row=24, process_index=p, process_count=process_count), 6)
         for p in range(process_count)
     ]
     joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in whole[i]} for i in range(6)]
@@ -106,7 +113,7 @@ def test_one_pass_shuffled(dataset: PackedDataset):
     endless = take(batches(dataset, batch_size=14, seed=2), len(once) - 1)
     assert_same(once[:-1], endless)
     assert len(fingerprints(once)) == dataset.rows
-    assert list(batches(dataset, batch_size=14, repeat=False, start_index=len(once) + 3)) == []
+    assert list(batches(dataset, batch_size=14, repeat=False, start_row=14 * (len(once) + 3))) == []
 
 
 @pytest.mark.parametrize(("batch_size", "process_count"), [(6, 4), (0, 1)])

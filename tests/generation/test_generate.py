@@ -15,6 +15,7 @@ from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import decode_step, make_decoder, unstack_state
 from ssm_jax.generation.generate import _prefill, begin, check_settings, decode
 from ssm_jax.generation.prompt import check_prompts, pieces
+from ssm_jax.generation.stream import stream
 from tests.conformance.compare import assert_close
 from tests.generation.tiny import FAMILIES, VOCAB, full_logits, tiny
 
@@ -176,6 +177,18 @@ def test_sharded_parameters() -> None:
     sharded = jax.tree.map(shard, params)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded))
     np.testing.assert_array_equal(generate(model, sharded, PROMPTS[:2], 24), _greedy("mamba")[:2])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_numbers_are_named(temperature: float) -> None:
+    model, params = tiny("mamba")
+    broken = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), params)
+    with pytest.raises(
+        GenerationError, match=r"logits of prompt 0 are not numbers at new token 0; the weights are damaged"
+    ):
+        generate(model, broken, [[1, 2]], 3, temperature, key=jax.random.key(0))
+    with pytest.raises(GenerationError, match="not numbers"):
+        list(stream(model, broken, [1, 2], 3))
 
 
 def test_few_programs_are_compiled() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ssm_jax.generation.sampler import Sampling, sample, top_k_mask, top_p_mask
+from ssm_jax.generation.sampler import NOT_A_TOKEN, Sampling, sample, top_k_mask, top_p_mask
 
 ROWS, VOCAB = 2, 9
 _top_k, _top_p, _sample = jax.jit(top_k_mask), jax.jit(top_p_mask), jax.jit(sample)
@@ -55,10 +55,11 @@ def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray) -> None:
     np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
 
 
-def test_logits_that_are_not_numbers_give_a_token() -> None:
-    logits = jnp.full((ROWS, VOCAB), jnp.nan)
+def test_a_lane_with_logits_that_are_not_numbers_gives_no_token() -> None:
+    logits = jnp.zeros((ROWS, VOCAB)).at[1, 2].set(jnp.nan)
     for sampling in (Sampling(), Sampling(jnp.float32(1.0), jnp.int32(3), jnp.float32(0.5))):
-        assert ((tokens := _sample(logits, sampling, jax.random.key(0), jnp.int32(0))) >= 0).all()
+        tokens = _sample(logits, sampling, jax.random.key(0), jnp.int32(0))
+        assert ((tokens == NOT_A_TOKEN) == (np.arange(ROWS) == 1)).all()
         assert (tokens < VOCAB).all()
 
 

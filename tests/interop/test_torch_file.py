@@ -201,6 +201,29 @@ def test_a_flipped_bit_is_found_when_the_tensor_is_read(tmp_path: Path) -> None:
         read_torch(path)["w"].load()
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_compressed_archive_is_refused(tmp_path: Path, method: int) -> None:
+    """``torch.save`` only stores; a few kilobytes could otherwise unpack to any size."""
+    with zipfile.ZipFile(tmp_path / "w.bin", "w", method) as file:
+        file.writestr("m/data.pkl", view(6, 0, (6,), (1,)))
+        file.writestr("m/data/0", bytes(24))
+    with pytest.raises(LayoutError, match=r"w\.bin is not a readable PyTorch file \(its entries are compressed"):
+        read_torch(tmp_path / "w.bin")
+
+
+def test_an_encrypted_entry_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "w.bin", view(6, 0, (6,), (1,)), s0=bytes(24))
+    data = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = data.find(signature)
+        while start >= 0:
+            data[start + flags] |= 1
+            start = data.find(signature, start + 1)
+    path.write_bytes(data)
+    with pytest.raises(LayoutError, match=r"w\.bin is not a readable PyTorch file .*encrypted"):
+        read_torch(path)
+
+
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "w.bin", view(6, 0, (6,), (1,)), s0=bytes(24))
     path.write_bytes(path.read_bytes()[:-30])

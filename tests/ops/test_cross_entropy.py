@@ -105,13 +105,19 @@ def test_bfloat16_features() -> None:
 
 
 def test_tokens_without_weight_change_nothing() -> None:
-    """Whatever their targets are; and no weight at all is a loss of zero, not of NaN."""
+    """Whatever their targets and features are, NaN included; and no weight at all is a loss of zero, not of NaN."""
     features, readout, targets, weights = _inputs()
     _, gradients = _mean_and_gradients(linear_cross_entropy, features, readout, targets, weights, chunk_size=7)
     assert not gradients[0][weights == 0].any()
-    others = jnp.where(weights == 0, VOCAB - 1, targets)
-    _, others_gradients = _mean_and_gradients(linear_cross_entropy, features, readout, others, weights, chunk_size=7)
+    ignored = weights == 0
+    others = (jnp.where(ignored[..., None], jnp.nan, features), readout, jnp.where(ignored, -100, targets), weights)
+    _, others_gradients = _mean_and_gradients(linear_cross_entropy, *others, chunk_size=7)
     jax.tree.map(np.testing.assert_array_equal, others_gradients[:2], gradients[:2])
+    logits = others[0] @ readout
+    expected = linear_cross_entropy(features, readout, targets, weights)
+    for loss in (cross_entropy(logits, *others[2:]), linear_cross_entropy(*others)):
+        assert_close(loss[0], expected[0], 1e-3)
+        assert loss[1] == expected[1]
     assert linear_cross_entropy(features, readout, targets, jnp.zeros_like(weights)) == (0, 0)
 
 

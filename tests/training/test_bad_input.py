@@ -33,7 +33,8 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model__d_modle": 8}, ConfigError, r"'model\.d_modle' is unknown; did you mean 'd_model'"),
         ({"batch__size": "many"}, ConfigError, r"'batch\.size' is 'many' \(str\); it must be int"),
         ({"train__steps": None, "train__max_seconds": 5}, ConfigError, "exactly one of steps and time_budget_s"),
-        ({"train__time_budget_s": 5}, ConfigError, "exactly one of steps and time_budget_s"),
+        ({"train__time_budget_s": 5}, ConfigError,
+         "section 'train': exactly one of steps and time_budget_s must be set; set the other to null"),
         ({"model__family": "mambo"}, ConfigError, r"'mambo' is unknown; did you mean 'mamba'"),
         ({"model__vocab_size": 256}, ConfigError, r"'model\.vocab_size' is 256 and the data in .* has 257 token ids"),
         ({"data__seq_len": 64}, DataError, r"'data\.seq_len' is 64 and the data in .* has rows of 32"),
@@ -96,6 +97,22 @@ def test_another_run_is_not_touched(run: Run, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert run(train__steps=2, log__every=2)["steps"] == 2
     assert run(train__steps=3, train__accept_changes="true")["steps"] == 3
+
+
+def test_another_batch_size_goes_on_with_the_rows_that_were_not_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(train__steps=2)
+    started, batches = [], loop.batches
+
+    def record(*arguments: Any, start_row: int, **options: Any) -> Any:
+        started.append(start_row)
+        return batches(*arguments, start_row=start_row, **options)
+
+    monkeypatch.setattr(loop, "batches", record)
+    run(train__steps=3, batch__size=16, train__accept_changes="true")
+    run(train__steps=4, batch__size=8, train__accept_changes="true")
+    assert started == [2 * 8, 2 * 8 + 16]
 
 
 def test_data_that_changed_under_the_run_is_refused(run: Run, tmp_path: Path, data: Path) -> None:

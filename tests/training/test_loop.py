@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,8 +47,8 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the times."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    """metrics.jsonl without the times, and without a line that is being written."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
@@ -146,28 +147,75 @@ def test_a_run_that_stopped_and_went_on_is_the_run_that_did_not(
     assert_same_run(tmp_path / "run", straight)
 
 
-def test_a_killed_process_goes_on_bit_for_bit(overrides: Overrides, tmp_path: Path) -> None:
-    changes = {"train__steps": 150, "checkpoint__every": 60, "eval__every": 50}
-    train(load_run_config(None, overrides(tmp_path / "straight", **changes)))
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-W", "error", "-m", "train.pretrain", *overrides(folder, **changes)]
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from ssm_jax.checkpoint import manifest
+write, saves = manifest.write, []
+def write_or_die(*arguments):
+    saves.append(arguments)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)  # the arrays lie on disk, the manifest does not
+    write(*arguments)
+manifest.write = write_or_die
+from train.pretrain import run
+run(sys.argv[1:])
+"""
 
-    def begin() -> subprocess.Popen:
+
+@pytest.fixture(scope="module")
+def long_run(overrides: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of ``LONG`` that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    train(load_run_config(None, overrides(folder, **LONG)))
+    return folder
+
+
+LONG = {"train__steps": 150, "checkpoint__every": 40, "eval__every": 50}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGKILL in a save"])
+def test_a_killed_process_goes_on_bit_for_bit(overrides: Overrides, tmp_path: Path, long_run: Path, how: str) -> None:
+    folder = tmp_path / "killed"
+    script = ["-c", KILLED_IN_A_SAVE] if "save" in how else ["-m", "train.pretrain"]
+
+    def begin(script: list[str]) -> subprocess.Popen:
+        command = [sys.executable, "-W", "error", *script, *overrides(folder, **LONG)]
         return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    process, metrics = begin(), folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 1000):
+    process, metrics = begin(script), folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and len(rows(folder)) > 45):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    if "save" not in how:
+        process.send_signal(getattr(signal, how))
+    output, _ = process.communicate()
+    saved = checkpoint.steps(folder / "checkpoints")
+    if how == "SIGTERM":
+        assert process.returncode == 0, output
+        assert "the same command goes on" in output
+    else:
+        assert process.returncode == -signal.SIGKILL, output
+    if "save" in how:
+        assert saved == [40]
+        assert list((folder / "checkpoints").glob("*.partial"))
+    assert 40 <= saved[-1] < 150
+    process = begin(["-m", "train.pretrain"])
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "the same command goes on" in output
-    assert 0 < len(rows(folder)) < 150
-    process = begin()
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "going on from step" in output
-    assert_same_run(folder, tmp_path / "straight")
+    assert f"going on from step {saved[-1]}" in output
+    assert list((folder / "checkpoints").glob("*.partial")) == []
+    assert_same_run(folder, long_run)
+    assert json.loads((folder / "summary.json").read_text())["finished"]
+
+
+def test_a_run_killed_before_its_summary_writes_it_when_started_again(run: Run, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    again, before = run(), json.loads((straight / "summary.json").read_text())
+    assert again["finished"]
+    assert {key: again[key] for key in ("steps", "tokens", "eval/loss")} == {
+        key: before[key] for key in ("steps", "tokens", "eval/loss")
+    }
+    assert rows(tmp_path / "run") == rows(straight)
 
 
 def test_another_mesh_may_go_on(run: Run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,8 @@ def test_metrics_log_writes_strict_json_and_goes_on(tmp_path: Path) -> None:
             log.sample(step, "é", "\u2028 text")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "lo')
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write('{"step": 1, "text": "é'.encode()[:-1])
     with MetricsLog(tmp_path, start_step=2, tensorboard=False) as log:
         log.write({"step": 3, "loss": 7.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -59,9 +61,11 @@ def test_truncating_what_is_not_there(tmp_path: Path) -> None:
 
 def test_meter_counts_on_after_a_restart() -> None:
     meter = Meter()
-    first = meter.row(1, {"loss": 1.0, "weight": 10.0})
+    first = meter.row(1, {"loss": 1.0, "weight": 10.0}, batch_size=8)
     assert first["tokens"] == 10.0
     assert first["tokens_per_s"] * first["step_s"] > 9.99
-    again = Meter(**meter.counts()).row(2, {"loss": 1.0, "weight": 5.0})
+    going_on = Meter(**meter.counts())
+    again = going_on.row(2, {"loss": 1.0, "weight": 5.0}, batch_size=4)
     assert again["tokens"] == 15.0
+    assert going_on.rows == 12
     assert again["seconds"] > first["seconds"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
+from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
 from ssm_jax.interop.layouts import mamba_ssm, mistral, transformers
 from ssm_jax.interop.layouts.layout import Layout
@@ -45,7 +46,9 @@ def writable(family: str, name: str | None) -> Layout:
     if name is None and rows:
         return next(iter(rows.values()))
     if name not in rows:
-        raise LayoutError(f"Layout {name!r} cannot hold a {family} model; {suggest(str(name), list(rows))}")
+        known = name in {row.name for row in LAYOUTS}
+        problem = f"cannot hold a {family} model" if known else "is unknown"
+        raise LayoutError(f"Layout {name!r} {problem}; {suggest(str(name), [*rows, native.LAYOUT])}")
     return rows[name]
 
 

@@ -9,6 +9,7 @@ from flax.typing import Dtype
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.conv import CausalConv
+from ssm_jax.nn.halves import halves
 from ssm_jax.nn.state import MambaState
 from ssm_jax.ops import selective_scan
 from ssm_jax.typing import Activations, Positions
@@ -62,7 +63,7 @@ class Mamba(nn.Module):
         xz = nn.DenseGeneral(
             (2, self.d_inner), use_bias=self.bias, kernel_init=initializers.torch_linear, name="in_proj", **kinds
         )(x_BLD)
-        x_BLE, z_BLE = xz[..., 0, :], xz[..., 1, :]
+        x_BLE, z_BLE = halves(xz)
         conv = CausalConv(self.d_conv, self.conv_bias, self.param_dtype, name="conv")
         x_BLE, window = conv(x_BLE, state.conv if state else None, reset, lengths)
 

@@ -9,6 +9,7 @@ from flax.typing import Dtype
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.conv import CausalConv
+from ssm_jax.nn.halves import halves
 from ssm_jax.nn.norm import GatedRMSNorm
 from ssm_jax.nn.state import Mamba2State
 from ssm_jax.ops import ssd
@@ -80,9 +81,8 @@ class Mamba2(nn.Module):
             conv = CausalConv(self.d_conv, self.conv_bias, self.param_dtype, name=name)
             return conv(u.reshape(batch, length, -1), window, reset, lengths)
 
-        zx = project((2, self.d_inner), "in_proj")
-        z_BLE = zx[..., 0, :]
-        x_BLE, conv_x = convolve(zx[..., 1, :], state.conv_x if state else None, "conv_x")
+        z_BLE, x_BLE = halves(project((2, self.d_inner), "in_proj"))
+        x_BLE, conv_x = convolve(x_BLE, state.conv_x if state else None, "conv_x")
         B, conv_B = convolve(project(groups, "B_proj"), state.conv_B if state else None, "conv_B")
         C, conv_C = convolve(project(groups, "C_proj"), state.conv_C if state else None, "conv_C")
         dt_BLH = project(self.heads, "dt_proj")

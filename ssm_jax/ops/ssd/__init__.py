@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ssm_jax.ops import dispatch
 from ssm_jax.ops.linear_attention import default_chunk_size
+from ssm_jax.ops.resets import clear
 from ssm_jax.ops.ssd import xla
 from ssm_jax.ops.ssd.inputs import Inputs
 from ssm_jax.ops.ssd.reference import reference
@@ -53,7 +54,8 @@ def ssd(
         B_BLGN, C_BLGN: shared by the heads of a group: head h uses group h // (H / G).
         D_H, dt_bias_H: left out where None.
         state: h before the first token; zeros if None.
-        reset: True at the first token of a document: there h_t is its second term alone.
+        reset: True at the first token of a document: there h_t is its second term alone, whatever finite values stand before it;
+            at the first token of a call, whatever the state holds.
         dt_softplus: whether ``dt_BLH + dt_bias_H`` goes through softplus, or straight to the clip.
         dt_limit: applied at every token, also where there is only one (the published single-token steps leave it out).
         lengths: present tokens per row; later ones leave the state alone (dt_t = 0) and their outputs mean nothing.
@@ -74,6 +76,7 @@ def ssd(
         raise ValueError(f"ssd: {groups} groups do not divide {heads} heads.")
     if reset is not None and lengths is not None:
         reset = reset & (jnp.arange(length) < lengths[:, None])
+    state = jnp.zeros((batch, heads, keys, values), wide) if state is None else state.astype(wide)
     inputs = Inputs(
         x_BLHP,
         dt_BLH,
@@ -82,7 +85,7 @@ def ssd(
         C_BLGN,
         None if D_H is None else D_H.astype(wide),
         None if dt_bias_H is None else dt_bias_H.astype(wide),
-        jnp.zeros((batch, heads, keys, values), wide) if state is None else state.astype(wide),
+        clear(state, None if reset is None else reset[:, 0]),
         reset,
         lengths,
     )

@@ -27,8 +27,11 @@ def reference(
 
     def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         x_BHP, dt_BH, B_BHN, C_BHN, reset_B = token
-        decay_BH = jnp.where(reset_B[:, None], 0.0, jnp.exp(dt_BH * inputs.A_H))
-        h = decay_BH[..., None, None] * h + B_BHN[..., :, None] * (dt_BH[..., None] * x_BHP)[..., None, :]
+        h = jnp.where(reset_B[:, None, None, None], 0.0, h)
+        h = (
+            jnp.exp(dt_BH * inputs.A_H)[..., None, None] * h
+            + B_BHN[..., :, None] * (dt_BH[..., None] * x_BHP)[..., None, :]
+        )
         return h, jnp.sum(C_BHN[..., :, None] * h, axis=2)
 
     tokens = tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C, reset))

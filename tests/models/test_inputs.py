@@ -1,0 +1,43 @@
+"""What a model says to tokens and positions that it cannot read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ssm_jax
+from ssm_jax.models import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return ssm_jax.build("mamba", vocab_size=11, d_model=8, n_layers=1)
+
+
+@pytest.fixture(scope="module")
+def variables(model: LanguageModel) -> Any:
+    return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "message"),
+    [
+        ([[0, 11]], None, "Token 11 is outside the vocabulary of 11; use the model's own tokenizer"),
+        ([[0, -1]], [[0, -1]], "Token -1 is outside"),
+        ([[0, 1, 2]], [[0, -1, 1]], r"row 0 has a present token after an absent one .* every pad position 0"),
+        ([[0, 1], [2, 3]], [[0, 1], [-1, 0]], "row 1 has a present token"),
+        ([[0, 1]], [[0, 1, 2]], "positions have the shape .1, 3. and tokens .1, 2."),
+    ],
+)
+def test_unreadable_values_are_refused(
+    model: LanguageModel, variables: Any, tokens: Any, positions: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, jnp.asarray(tokens), positions=None if positions is None else jnp.asarray(positions))
+
+
+@pytest.mark.parametrize("lanes", [[2], [0, -3]])
+def test_a_lane_that_is_not_there(model: LanguageModel, lanes: list[int]) -> None:
+    with pytest.raises(IndexError, match=r"lanes .* of a state with 2 lane"):
+        ssm_jax.take_lanes(model.init_state(2), lanes)
