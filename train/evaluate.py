@@ -5,6 +5,9 @@
 
 MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json. DATA
 is prepared data (train.prepare_data), by default what the run was trained on.
+
+A document is read from its start to its end, the state carried: every target sees all that stands before it. Beside that stands
+the score of the data's rows, each read afresh, which is what training sees.
 """
 
 import argparse
@@ -17,14 +20,14 @@ from typing import Any
 from ssm_jax.config import main, read_yaml
 from ssm_jax.errors import DataError
 
-ORDER = 3
+ORDER, WINDOW = 3, 1024
 
 
 def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     from ssm_jax import checkpoint, files
     from ssm_jax.data.shards import open_dataset
-    from ssm_jax.evaluation import evaluate_baseline, evaluate_split
+    from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
     from train.source import load
 
     folder = Path(args.model)
@@ -40,7 +43,14 @@ def run(argv: Sequence[str]) -> None:
     if checkpoint.is_checkpoint(folder):
         result["step"] = int(checkpoint.find_checkpoint(folder).name)
     started = time.perf_counter()
-    result["model"] = evaluate_split(model, params, dataset, args.batch_size)
+    window = args.window or dataset.seq_len or WINDOW
+    if args.stride is not None:
+        result["sliding"] = {"window": window, "stride": args.stride}
+        result["model"] = evaluate_documents(model, params, dataset, args.batch_size, window, args.stride)
+    else:
+        result["model"] = evaluate_documents(model, params, dataset, args.batch_size)
+        if dataset.manifest.form == "rows":
+            result["rows"] = evaluate_split(model, params, dataset, args.batch_size)
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
         result["baseline"] = evaluate_baseline(open_dataset(data, "train"), dataset, tokenizer, ORDER)
@@ -57,16 +67,25 @@ def run(argv: Sequence[str]) -> None:
 def table(result: dict[str, Any]) -> str:
     """The scores as lines for a terminal."""
     scores, baseline = result["model"], result.get("baseline")
+    context = "whole documents"
+    if "sliding" in result:
+        context = "windows of {window}, stride {stride}".format(**result["sliding"])
     lines = [
         f"{result['split']} split of {result['data']}: {scores['bytes']:,.0f} bytes, {scores['tokens']:,.0f} targets",
         "",
-        f"{'':34}{'bits/byte':>10}{'bits/token':>12}{'perplexity':>12}",
-        f"{'this model':34}{scores['bits_per_byte']:>10.4f}{scores['bits_per_token']:>12.4f}{scores['perplexity']:>12.3f}",
+        f"{'':38}{'bits/byte':>10}{'bits/token':>12}{'perplexity':>12}",
+        _line(f"this model, {context}", scores),
     ]
+    if "rows" in result:
+        lines.append(_line("the same, every row read afresh", result["rows"]))
     if baseline:
         name = f"interpolated order-{baseline['order']} byte model"
-        lines.append(f"{name:34}{baseline['bits_per_byte']:>10.4f}")
+        lines.append(f"{name:38}{baseline['bits_per_byte']:>10.4f}")
     return "\n".join(lines)
+
+
+def _line(name: str, scores: dict[str, Any]) -> str:
+    return f"{name:38}{scores['bits_per_byte']:>10.4f}{scores['bits_per_token']:>12.4f}{scores['perplexity']:>12.3f}"
 
 
 def _training_data(folder: Path) -> str:
@@ -91,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         metavar="B",
         help="rows at once; the scores do not depend on it (default 16)",
+    )
+    add("--window", type=int, metavar="N", help="with --stride: tokens per window (default: those of the data's rows)")
+    add(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="score sliding windows instead of endless context: start one every N tokens",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="type to compute in (default: the model's)")
     add("--json", metavar="FILE", help="write the scores there too")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from ssm_jax.data.packing import Row, absent_row, decode_record, expand
+from ssm_jax.data.packing import PackedRow, Row, absent_row, decode_record, expand
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.errors import DataError
 
@@ -34,10 +34,13 @@ class PackedRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        """Raises DataError naming the shard file and the record if it is damaged."""
-        manifest = self._dataset.manifest
+        """The arrays of a batch row. Raises as ``packed``."""
+        return expand(self.packed(index), self._dataset.seq_len)
+
+    def packed(self, index: int) -> PackedRow:
+        """A record as it is stored. Raises DataError naming the shard file and the record if it is damaged."""
         try:
-            return expand(decode_record(self._records[index], index, manifest.token_dtype), manifest.seq_len)
+            return decode_record(self._records[index], index, self._dataset.manifest.token_dtype)
         except (DataError, RuntimeError, ValueError, IndexError, OSError) as error:
             number = bisect.bisect_right(self._ends, index)
             file, rows = self._shards[number]
@@ -46,6 +49,20 @@ class PackedRows:
             raise DataError(
                 f"Shard {file}, record {record}, is damaged ({reason}); restore it or prepare again."
             ) from error
+
+
+def stored_documents(dataset: PackedDataset) -> Iterator[np.ndarray]:
+    """The documents of a split in stored order, marks included, whether it holds rows or documents."""
+    records = PackedRows(dataset)
+    parts: list[np.ndarray] = []
+    for index in range(len(records)):
+        row = records.packed(index)
+        ends = np.cumsum(row.lengths, dtype=np.int64)
+        for number, piece in enumerate(np.split(row.tokens[: ends[-1]], ends[:-1])):
+            parts.append(piece)
+            if number < len(ends) - 1 or not row.continues:
+                yield np.concatenate(parts)
+                parts = []
 
 
 def batches(
@@ -72,9 +89,11 @@ def batches(
         process_index, process_count: which contiguous part of each global batch to read.
 
     Raises:
-        DataError: a batch size that does not divide over the processes, a seed that has more than 32 bits; while iterating,
-            a damaged record.
+        DataError: data prepared as documents, a batch size that does not divide over the processes, a seed that has more than 32
+            bits; while iterating, a damaged record.
     """
+    if dataset.manifest.form != "rows":
+        raise DataError(f"Data {dataset.path} was prepared as {dataset.manifest.form}; prepare rows with --form rows.")
     if batch_size < 1 or batch_size % process_count:
         raise DataError(
             f"Batch size {batch_size} does not divide over {process_count} processes; choose a multiple of it."

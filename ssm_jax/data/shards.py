@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from array_record.python import array_record_module
 
@@ -51,6 +51,7 @@ class Split:
 class Manifest:
     format: str = FORMAT
     version: int = VERSION
+    form: Literal["rows", "documents"] = "rows"
     seq_len: int
     vocab_size: int
     token_dtype: str

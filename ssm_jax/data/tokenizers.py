@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes, or any subword tokenizer that the ``tokenizers`` package reads.
+"""Tokenizers: raw bytes, any subword tokenizer that the ``tokenizers`` package reads, SentencePiece models.
 
 A tokenizer is an object with ``kind``, ``vocab_size``, ``eos_id``, ``fingerprint``, ``encode``, ``encode_batch``, ``decode``
 and ``save``. It travels with prepared data, checkpoints and exports: ``save(folder)`` writes it, ``load_tokenizer(folder)``
@@ -10,6 +10,7 @@ enters a token stream only where a document begins or ends (see packing.py).
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
@@ -18,9 +19,11 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from ssm_jax.data import sentencepiece_tokenizer as spm
+from ssm_jax.data.description import DESCRIPTION_FILE, write_description
+from ssm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from ssm_jax.errors import DataError
 
-DESCRIPTION_FILE = "ssm_tokenizer.json"
 MODEL_FILE = "tokenizer.json"
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -46,7 +49,7 @@ class ByteTokenizer:
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        _write_description(Path(folder), self)
+        write_description(Path(folder), self)
 
 
 class SubwordTokenizer:
@@ -90,10 +93,10 @@ class SubwordTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
         (folder / MODEL_FILE).write_text(self._model, encoding="utf-8", newline="")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_description(folder, self)
+        write_description(folder, self)
 
 
-Tokenizer: TypeAlias = ByteTokenizer | SubwordTokenizer
+Tokenizer: TypeAlias = ByteTokenizer | SubwordTokenizer | SentencePieceTokenizer
 
 
 def load_tokenizer(source: str | Path = "bytes", *, eos_token: str | None = None) -> Tokenizer:
@@ -101,8 +104,8 @@ def load_tokenizer(source: str | Path = "bytes", *, eos_token: str | None = None
 
     Args:
         source: "bytes"; a folder (prepared data, a run or checkpoint with a ``tokenizer`` folder, an exported model, a
-            Hugging Face folder with tokenizer.json, GPT-2's encoder.json + vocab.bpe or vocab.json + merges.txt); or the
-            path of one tokenizer.json-like file.
+            Hugging Face folder with tokenizer.json, tokenizer.model, GPT-2's encoder.json + vocab.bpe or vocab.json + merges.txt);
+            the path of one tokenizer.json-like or SentencePiece file; or OWNER/NAME on the Hugging Face hub.
         eos_token: the end-of-text token's text, where the files do not say it.
 
     Raises:
@@ -114,11 +117,16 @@ def load_tokenizer(source: str | Path = "bytes", *, eos_token: str | None = None
     if path.is_dir():
         return _load_folder(path, eos_token)
     if not path.is_file():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists():
+            return _from_hub(str(source), eos_token)
         raise DataError(
-            f"Tokenizer {source} does not exist; give 'bytes', a tokenizer.json, or a folder that holds one."
+            f"Tokenizer {source} does not exist; give 'bytes', a tokenizer.json, a tokenizer.model, a folder that holds one, or "
+            "OWNER/NAME on the hub."
         )
     if path.name == DESCRIPTION_FILE:
         return _load_saved(path.parent)
+    if path.suffix == ".model":
+        return _sentencepiece(path, eos_token)
     if path.suffix != ".json":
         raise DataError(f"Tokenizer {source} is not a tokenizer.json; give 'bytes', a tokenizer.json, or its folder.")
     content = _read_json(path)
@@ -166,13 +174,16 @@ def _load_folder(folder: Path, eos_token: str | None) -> Tokenizer:
         return _load_saved(folder)
     if (folder / MODEL_FILE).is_file():
         return load_tokenizer(folder / MODEL_FILE, eos_token=eos_token)
+    if (folder / spm.MODEL_FILE).is_file():
+        return _sentencepiece(folder / spm.MODEL_FILE, eos_token)
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             return _subword(_byte_level_bpe(folder / vocabulary, folder / merges), folder / vocabulary, eos_token)
     if (folder / "tokenizer").is_dir():
         return _load_folder(folder / "tokenizer", eos_token)
     raise DataError(
-        f"Folder {folder} holds no tokenizer; it needs {DESCRIPTION_FILE}, tokenizer.json, or encoder.json with vocab.bpe."
+        f"Folder {folder} holds no tokenizer; it needs {DESCRIPTION_FILE}, tokenizer.json, tokenizer.model, or encoder.json with "
+        "vocab.bpe."
     )
 
 
@@ -186,6 +197,8 @@ def _load_saved(folder: Path) -> Tokenizer:
             tokenizer = ByteTokenizer()
         elif kind == SubwordTokenizer.kind:
             tokenizer = SubwordTokenizer((folder / MODEL_FILE).read_text(encoding="utf-8"), eos_id)
+        elif kind == SentencePieceTokenizer.kind:
+            tokenizer = SentencePieceTokenizer((folder / spm.MODEL_FILE).read_bytes(), eos_id)
         else:
             raise DataError(
                 f"Tokenizer {path} is of kind {kind!r}, which this version cannot read; install a newer ssm_jax."
@@ -197,6 +210,35 @@ def _load_saved(folder: Path) -> Tokenizer:
             f"Tokenizer in {folder} is not the one that was saved (fingerprint differs); copy its files again."
         )
     return tokenizer
+
+
+def _from_hub(name: str, eos_token: str | None) -> Tokenizer:
+    """The ``tokenizer.json`` of a repository on the hub, from the local cache where it is there."""
+    try:
+        model = str(tokenizers.Tokenizer.from_pretrained(name).to_str())
+    except Exception as error:  # the package and the network raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"Tokenizer {name} is no file here, and cannot be fetched from the hub ({reason}); check the name and the network, or "
+            "give a file."
+        ) from error
+    return _subword(model, Path(name), eos_token)
+
+
+def _sentencepiece(path: Path, eos_token: str | None) -> SentencePieceTokenizer:
+    try:
+        model = path.read_bytes()
+        if eos_token is None:
+            return SentencePieceTokenizer(model)
+        eos_id = SentencePieceTokenizer(model, 0).piece_id(eos_token)
+        if eos_id is None:
+            raise ValueError(f"it has no token {eos_token!r}")
+        return SentencePieceTokenizer(model, eos_id)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"Tokenizer {path} cannot be read ({error}); give a SentencePiece model with an end-of-text token, or name one of its "
+            "tokens with --eos-token."
+        ) from error
 
 
 def _subword(model: str, path: Path, eos_token: str | None) -> SubwordTokenizer:
@@ -243,11 +285,6 @@ def _byte_level_bpe(vocabulary_path: Path, merges_path: Path) -> str:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([name for name in _EOS_NAMES if name in vocabulary])
     return str(tokenizer.to_str())
-
-
-def _write_description(folder: Path, tokenizer: Tokenizer) -> None:
-    description = {name: getattr(tokenizer, name) for name in ("kind", "vocab_size", "eos_id", "fingerprint")}
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:

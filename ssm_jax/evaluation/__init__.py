@@ -2,6 +2,6 @@
 
 from ssm_jax.evaluation.perplexity import evaluate
 from ssm_jax.evaluation.report import write_report
-from ssm_jax.evaluation.split import evaluate_baseline, evaluate_split
+from ssm_jax.evaluation.split import evaluate_baseline, evaluate_documents, evaluate_split
 
-__all__ = ["evaluate", "evaluate_baseline", "evaluate_split", "write_report"]
+__all__ = ["evaluate", "evaluate_baseline", "evaluate_documents", "evaluate_split", "write_report"]

@@ -10,7 +10,7 @@ It has no parameter to tune; on program text at order 3 it was better than inter
 discount. Symbols are integers below ``vocab_size``: the 256 bytes and an end mark, which also stands before a document.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,20 +35,6 @@ class NgramModel(NamedTuple):
 
     vocab_size: int
     levels: tuple[_Level, ...]
-
-
-def documents(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    """The documents of packed rows in stored order, marks included: their targets are those with weight 1 in the rows."""
-    parts: list[np.ndarray] = []
-    for batch in batches:
-        for tokens, positions, weights in zip(batch["tokens"], batch["positions"], batch["weights"], strict=True):
-            present = positions >= 0
-            tokens, weights = tokens[present], weights[present]
-            *whole, rest = np.split(tokens, np.flatnonzero(weights == 0) + 1)
-            for piece in whole:
-                yield np.concatenate([*parts, piece])
-                parts = []
-            parts.append(rest)
 
 
 def fit(documents: Iterable[np.ndarray], order: int = 3, vocab_size: int = BYTES_AND_MARK) -> NgramModel:

@@ -1,8 +1,8 @@
-"""Loss over prepared rows: every target counted once, summed in float64, independent of how rows are batched."""
+"""Loss over batches of text: every target counted once, summed in float64, independent of how rows are batched."""
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +10,22 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ssm_jax.models import LanguageModel
+from ssm_jax.nn.state import LMState
 from ssm_jax.ops import linear_token_nll
 from ssm_jax.typing import Params, Positions, Tokens
 
+_POSITION_BINS = 40
+
 
 def evaluate(
-    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], text_bytes: int | None = None
-) -> dict[str, float]:
-    """Scores of a model over batches ``{tokens, targets, positions, weights}``, each [B, L]; each row starts afresh.
+    model: LanguageModel,
+    params: Params,
+    batches: Iterable[Mapping[str, Any]],
+    text_bytes: int | None = None,
+    *,
+    carry: bool = False,
+) -> dict[str, Any]:
+    """Scores of a model over batches ``{tokens, targets, positions, weights}``, each [B, L].
 
         loss = sum_t w_t (-log p(target_t | tokens up to t)) / sum_t w_t        perplexity = exp(loss)
         bits_per_token = loss / ln 2        bits_per_byte = (total loss / ln 2) / text_bytes
@@ -25,19 +33,23 @@ def evaluate(
     Every target counts, end marks included; ``text_bytes`` is the size of the text without them (None leaves out the last
     score). Batches of one shape share one compiled program. Nothing of size [B, L, V] is held at once.
 
+    Args:
+        carry: each batch goes on from the state of the one before; else every row starts afresh.
+
     Returns:
-        loss (nats), perplexity, bits_per_token, tokens (the sum of the weights), and with ``text_bytes`` bits_per_byte and bytes.
+        loss (nats), perplexity, bits_per_token, tokens (the sum of the weights), with ``text_bytes`` bits_per_byte and bytes, and
+        by_position: loss and tokens for positions below 1, 2, 4, ... 2^i of the document.
 
     Raises:
         ValueError: the batches hold no target.
     """
-    total, weight = 0.0, 0.0
-    for nll_BL, weights in _one_late(
-        (_token_nll(model, params, *_inputs(batch)), batch["weights"]) for batch in batches
-    ):
-        weights = np.asarray(weights, np.float64)
-        total += float(np.sum(np.where(weights == 0, 0.0, np.asarray(nll_BL, np.float64) * weights)))
-        weight += float(weights.sum())
+    totals = np.zeros((2, _POSITION_BINS))
+    for nll_BL, batch in _one_late(_scored(model, params, batches, carry)):
+        weights = np.asarray(batch["weights"], np.float64)
+        losses = np.where(weights == 0, 0.0, np.asarray(nll_BL, np.float64) * weights)
+        bins = np.frexp(np.maximum(np.asarray(batch["positions"]), 0))[1].ravel()  # 0, then 1, then 2-3, then 4-7, ...
+        totals += [np.bincount(bins, x.ravel(), _POSITION_BINS) for x in (losses, weights)]
+    (total, weight), filled = totals.sum(axis=1).tolist(), np.flatnonzero(totals[1])
     if weight == 0:
         raise ValueError("there is no target with a weight above 0 to evaluate")
     loss = total / weight
@@ -49,15 +61,36 @@ def evaluate(
     }
     if text_bytes is not None:
         scores |= {"bits_per_byte": total / math.log(2) / text_bytes, "bytes": float(text_bytes)}
-    return scores
+    by_position = [
+        {"below": 2 ** int(i), "loss": totals[0, i] / totals[1, i], "tokens": totals[1, i]} for i in filled.tolist()
+    ]
+    return {**scores, "by_position": by_position}
+
+
+def _scored(
+    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], carry: bool
+) -> Iterator[tuple[Array, Mapping[str, Any]]]:
+    state = None
+    for batch in batches:
+        if carry and state is None:
+            state = model.init_state(len(batch["tokens"]))
+        nll_BL, state = _token_nll(model, params, *_inputs(batch), state)
+        state = state if carry else None
+        yield nll_BL, batch
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def _token_nll(
-    model: LanguageModel, params: Params, tokens: Tokens, targets: Tokens, positions: Positions
-) -> Float[Array, "B L"]:
-    features_BLD, _ = model.apply({"params": params}, tokens, positions=positions, method="features")
-    return linear_token_nll(features_BLD, model.readout(params), targets)
+    model: LanguageModel,
+    params: Params,
+    tokens: Tokens,
+    targets: Tokens,
+    positions: Positions,
+    state: LMState | None,
+) -> tuple[Float[Array, "B L"], LMState]:
+    output: Any = model.apply({"params": params}, tokens, state, positions, method="features")
+    features_BLD, state = output
+    return linear_token_nll(features_BLD, model.readout(params), targets), state
 
 
 def _inputs(batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:

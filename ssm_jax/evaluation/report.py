@@ -148,7 +148,11 @@ def _scores(run: RunFiles) -> str:
     scores = run.scores
     if "model" not in scores:
         return ""
-    models = {"this model": scores["model"], _baseline_name(run): scores.get("baseline")}
+    models = {
+        "this model, whole documents" if "rows" in scores else "this model": scores["model"],
+        "every row read afresh": scores.get("rows"),
+        _baseline_name(run): scores.get("baseline"),
+    }
     head = "".join(f'<th class="number">{title}</th>' for title in _SCORES.values())
     lines = []
     for name, values in models.items():
@@ -318,7 +322,7 @@ def _read_lines(path: Path) -> list[Row]:
     """The rows of a JSON-lines file; a torn last line, of a run that is being written, is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [json.loads(line) for line in lines if line]
     except ValueError as error:

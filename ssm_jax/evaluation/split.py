@@ -1,35 +1,69 @@
 """A split of prepared data, scored by a model and by the byte-level baseline, over the same targets."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from ssm_jax.data.pipeline import evaluation_batches
+from ssm_jax.data.pipeline import evaluation_batches, stored_documents
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.data.tokenizers import Tokenizer
 from ssm_jax.errors import DataError
-from ssm_jax.evaluation import ngram
+from ssm_jax.evaluation import documents, ngram
 from ssm_jax.evaluation.perplexity import evaluate
 from ssm_jax.models import LanguageModel
 from ssm_jax.typing import Params
 
-_ROWS = 256
+WINDOW = 1024
+"""Tokens that are read at once where the context has no end."""
 
 
 def evaluate_split(
     model: LanguageModel, params: Params, dataset: PackedDataset, batch_size: int = 16
-) -> dict[str, float]:
-    """``evaluate`` over every row of a split, in its fixed windows; bytes are those of the split's text.
+) -> dict[str, Any]:
+    """``evaluate`` over every row of a split, each read afresh: the loss that training sees. Bytes are those of the split's text.
 
     Raises:
-        DataError: the data has token ids that the model does not have.
+        DataError: the data has token ids that the model does not have, or was prepared as documents.
     """
+    _require_vocabulary(model, dataset)
+    return evaluate(model, params, evaluation_batches(dataset, batch_size=batch_size), dataset.split.text_bytes)
+
+
+def evaluate_documents(
+    model: LanguageModel,
+    params: Params,
+    dataset: PackedDataset,
+    batch_size: int = 16,
+    window: int = WINDOW,
+    stride: int | None = None,
+) -> dict[str, Any]:
+    """``evaluate`` over the whole documents of a split.
+
+    Without ``stride`` the context has no end: a document is read in pieces of ``window`` tokens and the state carried, so a target
+    sees everything before it and the result does not depend on ``window``. With it, windows of ``window`` tokens start every
+    ``stride`` tokens and are read afresh; a target counts in the first window that holds it.
+
+    Raises:
+        DataError: the data has token ids that the model does not have, or a stride above the window.
+    """
+    _require_vocabulary(model, dataset)
+    found = list(stored_documents(dataset))
+    if stride is None:
+        batches = documents.endless(documents.lanes(found, batch_size), window)
+        return evaluate(model, params, batches, dataset.split.text_bytes, carry=True)
+    if not 1 <= stride <= window:
+        raise DataError(f"The stride is {stride} and the window {window}; the stride must be from 1 to the window.")
+    batches = documents.sliding(found, window, stride, batch_size)
+    return evaluate(model, params, batches, dataset.split.text_bytes)
+
+
+def _require_vocabulary(model: LanguageModel, dataset: PackedDataset) -> None:
     if dataset.vocab_size > model.config.vocab_size:
         raise DataError(
             f"Data {dataset.path} has {dataset.vocab_size} token ids and the model {model.config.vocab_size}; "
             "prepare the data with the model's tokenizer."
         )
-    return evaluate(model, params, evaluation_batches(dataset, batch_size=batch_size), dataset.split.text_bytes)
 
 
 def evaluate_baseline(
@@ -37,7 +71,7 @@ def evaluate_baseline(
 ) -> dict[str, float | int]:
     """Bits per byte on ``held_out`` of the order-``order`` byte model (see ngram.py) of ``train``.
 
-    Every byte and every end mark of the same documents counts, divided by the bytes alone: what ``evaluate_split`` measures.
+    Every byte and every end mark of the same documents counts, divided by the bytes alone: what the evaluations above measure.
     """
     model = ngram.fit(byte_documents(train, tokenizer), order)
     documents = list(byte_documents(held_out, tokenizer))
@@ -47,7 +81,7 @@ def evaluate_baseline(
 
 def byte_documents(dataset: PackedDataset, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The documents of a split as bytes between two end marks (256)."""
-    for document in ngram.documents(evaluation_batches(dataset, batch_size=_ROWS)):
+    for document in stored_documents(dataset):
         if tokenizer.kind == "bytes":
             yield document
         else:

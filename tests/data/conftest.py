@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from ssm_jax.data.prepare import prepare
-from ssm_jax.data.sources import find_files
+from ssm_jax.data.prepare import Settings, prepare
+from ssm_jax.data.sources import find_sources
 from ssm_jax.data.tokenizers import ByteTokenizer
 
 
@@ -24,7 +24,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus in rows of 16 byte tokens, several shards, a fifth for validation. Read only."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=16, validation_percent=20.0, rows_per_shard=100)
+    prepare(
+        find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=16, validation_percent=20.0, rows_per_shard=100)
+    )
     return out
 
 

@@ -1,15 +1,21 @@
 import json
 import shutil
+import tempfile
 from itertools import islice
 from pathlib import Path
 
 import grain
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from ssm_jax.data.packing import Row, encode_record, pack
-from ssm_jax.data.pipeline import PackedRows, batches, evaluation_batches
-from ssm_jax.data.shards import PackedDataset, open_dataset
+from ssm_jax.data.packing import Row, encode_record, expand, frame_document, pack
+from ssm_jax.data.pipeline import PackedRows, batches, evaluation_batches, stored_documents
+from ssm_jax.data.prepare import Settings, prepare
+from ssm_jax.data.shards import Manifest, PackedDataset, open_dataset, write_split
+from ssm_jax.data.sources import find_sources
+from ssm_jax.data.tokenizers import ByteTokenizer
 from ssm_jax.errors import DataError
 
 
@@ -174,3 +180,29 @@ def test_record_that_array_record_finds_intact_is_checked_by_us(prepared: Path, 
     with pytest.raises(DataError, match=rf"{file.name}, record 2, is damaged \(its checksum does not fit\)"):
         next(stream)
     stream.close()
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(texts=st.lists(st.binary(max_size=30), min_size=1, max_size=8), length=st.integers(1, 9))
+def test_documents_come_back_from_packed_rows(texts: list[bytes], length: int):
+    documents = [frame_document(np.frombuffer(text, np.uint8).astype(np.int32), 256) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(pack(documents, length))
+        tokens = sum(len(document) for document in documents)
+        counts = {"documents": len(documents), "tokens": tokens, "rows": len(rows), "text_bytes": tokens}
+        split = write_split(Path(folder), "train", iter(rows), counts, "uint16", 5)
+        manifest = Manifest(seq_len=length, vocab_size=257, token_dtype="uint16", tokenizer={}, splits={"train": split})
+        found = list(stored_documents(PackedDataset(Path(folder), "train", manifest)))
+    assert [document.tolist() for document in found] == [document.tolist() for document in documents]
+    assert sum(len(document) - 1 for document in found) == sum(expand(row, length)["weights"].sum() for row in rows)
+
+
+def test_documents_are_stored_whole(corpus: Path, prepared: Path, tmp_path: Path):
+    settings = Settings(form="documents", validation_percent=20.0, rows_per_shard=7)
+    manifest, _ = prepare(find_sources([corpus]), tmp_path / "out", ByteTokenizer(), settings)
+    dataset = open_dataset(tmp_path / "out")
+    whole, packed = ([x.tolist() for x in stored_documents(data)] for data in (dataset, open_dataset(prepared)))
+    assert whole == packed
+    assert manifest.splits["train"].rows == manifest.splits["train"].documents == len(whole)
+    with pytest.raises(DataError, match="was prepared as documents; prepare rows with --form rows"):
+        batches(dataset, batch_size=2)

@@ -1,6 +1,9 @@
 import dataclasses
+import fcntl
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,13 +11,16 @@ import numpy as np
 import pytest
 
 from ssm_jax.config import main
+from ssm_jax.data import spool
 from ssm_jax.data.pipeline import PackedRows
-from ssm_jax.data.prepare import prepare
+from ssm_jax.data.prepare import Settings, prepare
 from ssm_jax.data.shards import open_dataset, verify_dataset
-from ssm_jax.data.sources import find_files
+from ssm_jax.data.sources import find_sources
 from ssm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from ssm_jax.errors import DataError
 from train.prepare_data import run
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def documents_of(path: Path, split: str) -> list[str]:
@@ -57,16 +63,18 @@ def test_files_depend_on_contents_alone(corpus: Path, prepared: Path, tmp_path: 
     for number, file in enumerate(sorted(corpus.rglob("*.txt"), reverse=True)):
         shutil.copy(file, renamed / f"{number}.md")
     options = {"seq_len": 16, "validation_percent": 20.0, "rows_per_shard": 100}
-    prepare(find_files([renamed]), tmp_path / "out", ByteTokenizer(), **options)
+    prepare(find_sources([renamed]), tmp_path / "out", ByteTokenizer(), Settings(**options))
     assert contents(tmp_path / "out") == contents(prepared)
-    prepare(find_files([renamed]), tmp_path / "other", ByteTokenizer(), seed=1, **options)
+    prepare(find_sources([renamed]), tmp_path / "other", ByteTokenizer(), Settings(seed=1, **options))
     assert documents_of(tmp_path / "other", "train") != documents_of(prepared, "train")
     assert documents_of(tmp_path / "other", "validation") != documents_of(prepared, "validation")
     assert sorted(documents_of(tmp_path / "other", "validation")) == sorted(documents_of(prepared, "validation"))
 
 
 def test_split_of_a_document_does_not_depend_on_the_others(corpus: Path, prepared: Path, tmp_path: Path):
-    prepare(find_files([corpus / "odd"]), tmp_path / "odd", ByteTokenizer(), seq_len=16, validation_percent=20.0)
+    prepare(
+        find_sources([corpus / "odd"]), tmp_path / "odd", ByteTokenizer(), Settings(seq_len=16, validation_percent=20.0)
+    )
     assert set(documents_of(tmp_path / "odd", "train")) < set(documents_of(prepared, "train"))
 
 
@@ -77,7 +85,11 @@ def test_duplicates_are_used_once_and_never_cross_the_splits(tmp_path: Path):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(texts[3])
     _, dropped = prepare(
-        find_files([lines]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_files=find_files([held_out])
+        find_sources([lines]),
+        tmp_path / "out",
+        ByteTokenizer(),
+        Settings(seq_len=8),
+        validation_files=find_sources([held_out]),
     )
     assert dropped.duplicates == 3
     assert sorted(documents_of(tmp_path / "out", "train")) == texts[:3]
@@ -87,7 +99,12 @@ def test_duplicates_are_used_once_and_never_cross_the_splits(tmp_path: Path):
 def test_one_document_is_cut_at_a_line(tmp_path: Path):
     text = "".join(f"line {i} ü\n" for i in range(200))
     (tmp_path / "one.txt").write_text(text)
-    prepare(find_files([tmp_path / "one.txt"]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_percent=10.0)
+    prepare(
+        find_sources([tmp_path / "one.txt"]),
+        tmp_path / "out",
+        ByteTokenizer(),
+        Settings(seq_len=8, validation_percent=10.0),
+    )
     (train,), (validation,) = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "validation")
     assert train + validation == text
     assert train.endswith("\n")
@@ -99,7 +116,7 @@ def test_two_documents(percent: float, expected: tuple[int, int], tmp_path: Path
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text(f"{i}" * 50)
     manifest, _ = prepare(
-        find_files([tmp_path]), tmp_path / "out", ByteTokenizer(), seq_len=8, validation_percent=percent
+        find_sources([tmp_path]), tmp_path / "out", ByteTokenizer(), Settings(seq_len=8, validation_percent=percent)
     )
     counts = {name: split.documents for name, split in manifest.splits.items()}
     assert (counts["train"], counts.get("validation", 0)) == expected
@@ -109,13 +126,15 @@ def test_two_documents(percent: float, expected: tuple[int, int], tmp_path: Path
 
 
 def test_max_bytes(corpus: Path, tmp_path: Path):
-    manifest, _ = prepare(find_files([corpus]), tmp_path / "out", ByteTokenizer(), seq_len=16, max_bytes=1000)
+    manifest, _ = prepare(
+        find_sources([corpus]), tmp_path / "out", ByteTokenizer(), Settings(seq_len=16, max_bytes=1000)
+    )
     assert 997 <= sum(split.text_bytes for split in manifest.splits.values()) <= 1000
 
 
 def test_subword_tokenizer_travels_with_the_data(corpus: Path, gpt2_folder: Path, tmp_path: Path):
     tokenizer = load_tokenizer(gpt2_folder)
-    manifest, _ = prepare(find_files([corpus]), tmp_path / "out", tokenizer, seq_len=16)
+    manifest, _ = prepare(find_sources([corpus]), tmp_path / "out", tokenizer, Settings(seq_len=16))
     assert manifest.vocab_size == tokenizer.vocab_size
     assert manifest.tokenizer["fingerprint"] == load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
     texts = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
@@ -127,7 +146,12 @@ def test_corpus_smaller_than_a_row(text: str, message: str, tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        prepare(find_files([tmp_path / "in"]), tmp_path / "out", ByteTokenizer(), seq_len=7, validation_percent=0.0)
+        prepare(
+            find_sources([tmp_path / "in"]),
+            tmp_path / "out",
+            ByteTokenizer(),
+            Settings(seq_len=7, validation_percent=0.0),
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
@@ -136,21 +160,21 @@ def test_corpus_smaller_than_a_row(text: str, message: str, tmp_path: Path):
 )
 def test_settings_out_of_range(options: dict, corpus: Path, tmp_path: Path):
     with pytest.raises(DataError, match="--" + next(iter(options)).replace("_", "-")):
-        prepare(find_files([corpus]), tmp_path / "out", ByteTokenizer(), **options)
+        prepare(find_sources([corpus]), tmp_path / "out", ByteTokenizer(), Settings(**options))
     assert not list(tmp_path.iterdir())
 
 
 def test_existing_output_is_kept_unless_told(corpus: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
-    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=16)
+    prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=16))
     before = contents(out)
     with pytest.raises(DataError, match=r"exists already.*--overwrite"):
-        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32)
+        prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=32))
     with pytest.raises(DataError, match="fewer than one row"):
-        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=10**6, overwrite=True)
+        prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=10**6), overwrite=True)
     assert contents(out) == before
-    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32, overwrite=True)
+    prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=32), overwrite=True)
     assert open_dataset(out).seq_len == 32
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -158,15 +182,15 @@ def test_existing_output_is_kept_unless_told(corpus: Path, tmp_path: Path):
 def test_foreign_folder_is_never_replaced(corpus: Path, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="is not prepared data, so it is not replaced"):
-        prepare(find_files([corpus]), tmp_path, ByteTokenizer(), overwrite=True)
+        prepare(find_sources([corpus]), tmp_path, ByteTokenizer(), overwrite=True)
     with pytest.raises(DataError, match="is not prepared data, so it is not replaced"):
-        prepare(find_files([corpus]), tmp_path / "thesis.tex", ByteTokenizer(), overwrite=True)
+        prepare(find_sources([corpus]), tmp_path / "thesis.tex", ByteTokenizer(), overwrite=True)
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
 
 def test_failed_exchange_brings_the_old_output_back(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out"
-    prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=16)
+    prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=16))
     before = contents(out)
     rename = Path.rename
 
@@ -177,7 +201,7 @@ def test_failed_exchange_brings_the_old_output_back(corpus: Path, tmp_path: Path
 
     monkeypatch.setattr(Path, "rename", failing_rename)
     with pytest.raises(DataError, match="cannot be written .No space left"):
-        prepare(find_files([corpus]), out, ByteTokenizer(), seq_len=32, overwrite=True)
+        prepare(find_sources([corpus]), out, ByteTokenizer(), Settings(seq_len=32), overwrite=True)
     assert contents(out) == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -216,3 +240,66 @@ def test_script_fails_with_status_2(arguments: list[str], tmp_path: Path, monkey
     assert exit_info.value.code == 2
     assert "error: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_change_nothing(corpus: Path, prepared: Path, tmp_path: Path):
+    settings = Settings(seq_len=16, validation_percent=20.0, rows_per_shard=100)
+    prepare(find_sources([corpus]), tmp_path / "out", ByteTokenizer(), settings, workers=3)
+    assert contents(tmp_path / "out").keys() == contents(prepared).keys()
+    for name, content in contents(tmp_path / "out").items():
+        assert content == contents(prepared)[name], name
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_bad_file_in_a_worker_is_named(corpus: Path, tmp_path: Path):
+    (tmp_path / "bad.txt").write_bytes(b"a\0b")
+    with pytest.raises(DataError, match=r"bad\.txt, looks binary"):
+        prepare(find_sources([corpus, tmp_path / "bad.txt"]), tmp_path / "out", ByteTokenizer(), workers=2)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.txt"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from ssm_jax.data import prepare, spool
+spool.PART_BYTES, prepare.WORTH_KEEPING = 1_000, 1
+write, parts = spool.write_documents, []
+def write_or_die(*arguments):
+    parts.append(arguments[0].name)
+    if len(parts) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+spool.write_documents = write_or_die
+from train.prepare_data import run
+run(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool):
+    for name in "ab":
+        lines = (json.dumps({"text": f"{name}{i} " * (i % 40 + 1)}) for i in range(120))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    arguments = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--seq-len", "16", "--workers", "1"]
+    run([*arguments, "--out", str(tmp_path / "straight")])
+    killed = [*arguments, "--out", str(tmp_path / "killed")]
+    process = subprocess.run([sys.executable, "-c", INTERRUPTED, *killed], cwd=REPOSITORY, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    complete = sorted((tmp_path / ".killed.partial/spool").glob("*.index.npz"))
+    assert len(complete) == 5
+    if changed:  # the work on a file that has changed since is of no use
+        (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + '\n{"text": "new"}')
+    written, write = [], spool.write_documents
+    monkeypatch.setattr(spool, "write_documents", lambda *a: written.append(a[0].name) or write(*a))
+    run(killed)
+    assert written[0] == ("00000-00000.tokens" if changed else "00000-00005.tokens")
+    if changed:
+        run([*arguments, "--out", str(tmp_path / "straight"), "--overwrite"])
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_preparations_of_one_folder(corpus: Path, tmp_path: Path):
+    with (tmp_path / ".out.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="out is being prepared by another process"):
+            prepare(find_sources([corpus]), tmp_path / "out", ByteTokenizer())

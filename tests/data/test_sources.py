@@ -1,19 +1,24 @@
 import gzip
 import json
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from ssm_jax.data import sources
-from ssm_jax.data.sources import Document, Dropped, cut_at_character, find_files, limit_bytes, read_documents
+from ssm_jax.data.documents import Document, Dropped, cut_at_character, limit_bytes, read_documents
+from ssm_jax.data.sources import find_sources
 from ssm_jax.errors import DataError
 
 
-def read(*inputs: Path, skip_bad: bool = False, **options) -> tuple[list[tuple[str, str]], Dropped]:
+def read(*inputs: Path | str, skip_bad: bool = False, **options) -> tuple[list[tuple[str, str]], Dropped]:
     dropped = Dropped()
-    files = find_files(inputs, options.pop("include", ()), skip_bad=skip_bad)
+    files = find_sources(inputs, options.pop("include", ()), skip_bad=skip_bad)
     documents = [document for file in files for document in read_documents(file, dropped, **options)]
     return [(document.name, document.text.decode()) for document in documents], dropped
 
@@ -47,7 +52,82 @@ def test_json_lines(tmp_path: Path):
     assert read(tmp_path / "z.jsonl", text_field="body")[0] == [("z.jsonl:1", "x")]
 
 
+def test_zstandard_of_several_frames(tmp_path: Path):
+    text = "line one\n" * 50_000 + "ü"
+    half = len(text) // 2
+    frames = b"".join(zstandard.compress(part.encode()) for part in (text[:half], text[half:]))
+    (tmp_path / "a.txt.zst").write_bytes(frames)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "x"}\n{"text": "y"}\n'))
+    assert [content for _, content in read(tmp_path)[0]] == [text, "x", "y"]
+
+
+def test_parquet_rows(tmp_path: Path):
+    texts = [f"row {i}" for i in range(2500)] + ["", "last"]
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    documents, dropped = read(tmp_path)
+    assert documents[0] == (f"{tmp_path.name}/a.parquet:1", "row 0")
+    assert [content for _, content in documents] == [text for text in texts if text]
+    assert dropped == Dropped(empty=1)
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, row 2, has no text in field 'text'"):
+        read(tmp_path)
+
+
+@pytest.fixture
+def local_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set in a folder, as the ``datasets`` package finds it; its cache stays in the test's folder."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "", "n": 2}\n{"text": "three", "n": 3}\n')
+    (folder / "validation.jsonl").write_text('{"text": "four", "n": 4}\n')
+    return folder
+
+
+def test_a_data_set_is_streamed_by_name(local_datasets: Path):
+    name = f"hf:{local_datasets}"
+    assert read(name) == ([(f"{name}:1", "one"), (f"{name}:3", "three")], Dropped(empty=1))
+    assert [text for _, text in read(f"{name}@validation")[0]] == ["four"]
+    with pytest.raises(DataError, match=r"record 1, has no text in field 'body' \(its keys: text, n\)"):
+        read(name, text_field="body")
+    with pytest.raises(
+        DataError, match=r"@test cannot be read .*check its name, configuration and split, and the network"
+    ):
+        read(f"{name}@test")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("hf:allenai/c4/en", ("allenai/c4", "en", "train")),
+        ("hf:c4@validation", ("allenai/c4", "en", "validation")),
+        ("hf:wikitext-103", ("Salesforce/wikitext", "wikitext-103-raw-v1", "train")),
+        ("hf:pile", ("monology/pile-uncopyrighted", None, "train")),
+    ],
+)
+def test_names_of_data_sets(given: str, expected: tuple):
+    found = sources.parse_hub(given)
+    assert (found.path, found.config, found.split) == expected
+
+
+def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(DataError, match=r"hf:c44 names no data set; .*hf:c4, hf:pile, hf:wikitext-103"):
+        find_sources(["hf:c44"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r"hf:c4 needs the package 'datasets'; install it with pip install 'ssm_jax\[data\]'"
+    ):
+        read("hf:c4")
+
+
 BAD = {
+    "cut.txt.zst": (
+        zstandard.compress(b"hello world" * 100)[:-3],
+        r"cut\.txt\.zst cannot be read .*ends inside a zstd frame",
+    ),
+    "plain.txt.zst": (b"no zstandard at all", r"plain\.txt\.zst cannot be read"),
+    "plain.parquet": (b"no parquet at all", r"plain\.parquet cannot be read"),
     "empty.txt": (b"", r"empty\.txt is empty"),
     "empty.jsonl": (b"\n \n", r"empty\.jsonl is empty"),
     "binary.txt": (b"ab\0c", r"binary\.txt, looks binary \(NUL at byte 2\)"),
@@ -96,11 +176,11 @@ def test_empty_files_in_a_folder_are_counted(tmp_path: Path):
 
 def test_missing_input_and_folder_without_text(tmp_path: Path):
     with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
-        find_files([tmp_path / "nowhere.txt"])
+        find_sources([tmp_path / "nowhere.txt"])
     with pytest.raises(DataError, match="holds no file that matches a text suffix"):
-        find_files([tmp_path])
+        find_sources([tmp_path])
     with pytest.raises(DataError, match=r"holds no file that matches \*\.rs"):
-        find_files([tmp_path], ["*.rs"])
+        find_sources([tmp_path], ["*.rs"])
 
 
 def test_python_stdlib_has_real_text_and_no_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,11 @@
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,8 +116,10 @@ def test_missing_and_unknown_tokenizers(tmp_path: Path):
     with pytest.raises(DataError, match=r"holds no tokenizer.*tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
-    with pytest.raises(DataError, match=r"tokenizer\.model is not a tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.model cannot be read \(it is no SentencePiece model\)"):
         load_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match=r"nobody/nothing-here is no file here, and cannot be fetched from the hub"):
+        load_tokenizer("nobody/nothing-here")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match=r"config\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path / "config.json")
@@ -125,6 +129,49 @@ def test_missing_and_unknown_tokenizers(tmp_path: Path):
     (tmp_path / "wrong.json").write_text('{"model": 3, "added_tokens": [{"content": "</s>", "id": 0}]}')
     with pytest.raises(DataError, match=r"wrong\.json cannot be read"):
         load_tokenizer(tmp_path / "wrong.json")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 120 pieces, bytes included."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the theory of the naïve end", "another line of text"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder / "tokenizer.model"
+
+
+def test_sentencepiece_is_the_package_itself(sentencepiece_file: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(sentencepiece_file)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    assert tokenizer.vocab_size == reference.vocab_size()
+    assert tokenizer.eos_id == reference.eos_id()
+    for text in ("the theory", "", "日本 🙂 <s>", "the  end"):
+        assert tokenizer.encode(text).tolist() == reference.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(reference.encode(text))
+    assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode("the end").tolist(), 10**6]) == "the end"
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.fingerprint, again.kind) == (tokenizer.fingerprint, "sentencepiece")
+    other = load_tokenizer(sentencepiece_file, eos_token="<s>")
+    assert other.eos_id == reference.bos_id()
+    assert other.fingerprint != tokenizer.fingerprint
+    with pytest.raises(DataError, match=r"has no token '<eot>'.*--eos-token"):
+        load_tokenizer(sentencepiece_file, eos_token="<eot>")
+
+
+def test_sentencepiece_streams_what_it_decodes(sentencepiece_file: Path):
+    tokenizer = load_tokenizer(sentencepiece_file)
+    ids = tokenizer.encode("the naïve 🙂 end of text").tolist()
+    stream = TextStream(tokenizer)
+    assert "".join([*(stream.push([token]) for token in ids), stream.finish()]) == tokenizer.decode(ids)
 
 
 def test_merges_that_do_not_fit_the_vocabulary(gpt2_folder: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ssm_jax.data.packing import expand, frame_document, pack
+from ssm_jax.data.packing import frame_document
 from ssm_jax.evaluation import ngram
 
 _texts = st.lists(st.binary(max_size=12).map(lambda text: bytes(byte % 5 for byte in text)), min_size=1, max_size=5)
@@ -74,16 +74,3 @@ def test_probabilities_sum_to_one() -> None:
 def test_an_order_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="order 8"):
         ngram.fit(_documents([b"a"]), 8)
-
-
-@hypothesis.settings(deadline=None, max_examples=50)
-@hypothesis.given(texts=st.lists(st.binary(max_size=30), min_size=1, max_size=8), length=st.integers(1, 9))
-def test_documents_come_back_from_packed_rows(texts: list[bytes], length: int) -> None:
-    documents = _documents(texts)
-    rows = [expand(row, length) for row in pack(documents, length)]
-    batches = [
-        {name: np.stack([row[name] for row in rows[i : i + 3]]) for name in rows[0]} for i in range(0, len(rows), 3)
-    ]
-    found = list(ngram.documents(batches))
-    assert [document.tolist() for document in found] == [document.tolist() for document in documents]
-    assert sum(len(document) - 1 for document in found) == sum(batch["weights"].sum() for batch in batches)

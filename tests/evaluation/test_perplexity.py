@@ -3,20 +3,22 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import ssm_jax
 from ssm_jax.config import main
-from ssm_jax.data.prepare import prepare
+from ssm_jax.data.prepare import Settings, prepare
 from ssm_jax.data.shards import open_dataset
-from ssm_jax.data.sources import find_files
+from ssm_jax.data.sources import find_sources
 from ssm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from ssm_jax.errors import DataError
-from ssm_jax.evaluation import evaluate, evaluate_baseline, evaluate_split, ngram
+from ssm_jax.evaluation import documents, evaluate, evaluate_baseline, evaluate_documents, evaluate_split, ngram
 from ssm_jax.evaluation.perplexity import _token_nll
 from ssm_jax.evaluation.split import byte_documents
+from ssm_jax.models import LanguageModel
 from tests.generation.tiny import FAMILIES, full_logits, tiny
 from train import evaluate as script
 
@@ -83,6 +85,58 @@ def test_fractional_weights_weigh() -> None:
     assert evaluate(model, params, [doubled])["loss"] == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-6)
 
 
+def _documents(lengths: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 61, length).astype(np.int32) for length in lengths]
+
+
+def _definition(model: LanguageModel, params: Any, document: np.ndarray) -> np.ndarray:
+    """-log p of every target of a document, each seeing all before it, float64."""
+    padded = np.zeros((1, 80), np.int32)
+    padded[0, : len(document)] = document
+    logits = np.asarray(full_logits(model, params, padded), np.float64)[0, : len(document) - 1]
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return -np.take_along_axis(log_p, document[1:, None], axis=1)[:, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("count", "window"), [(1, 7), (3, 16), (8, 100)])
+def test_endless_context_sees_whole_documents(family: str, count: int, window: int) -> None:
+    model, params = tiny(family)
+    found = _documents((70, 2, 33, 1, 16, 50))
+    expected = np.concatenate([_definition(model, params, document) for document in found])
+    scores = evaluate(model, params, documents.endless(documents.lanes(found, count), window), carry=True)
+    assert scores["tokens"] == len(expected)
+    assert scores["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+
+
+def test_losses_by_position_are_those_of_the_definition() -> None:
+    model, params = tiny("mamba")
+    found = _documents((70, 2, 33, 1, 16, 50))
+    losses = [_definition(model, params, document) for document in found]
+    scores = evaluate(model, params, documents.endless(documents.lanes(found, 2), 16), carry=True)
+    assert [part["below"] for part in scores["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128]
+    for part in scores["by_position"]:
+        inside = np.concatenate([loss[part["below"] // 2 : part["below"]] for loss in losses])
+        assert part["tokens"] == len(inside)
+        assert part["loss"] == pytest.approx(inside.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (16, 1), (100, 3)])
+def test_sliding_windows_count_every_target_once_with_enough_context(window: int, stride: int) -> None:
+    model, params = tiny("mamba")
+    found = _documents((70, 2, 33, 16))
+    expected = []
+    for document in found:
+        for target in range(1, len(document)):
+            # The first of the windows [0, w), [s, s + w), ... that reads the token before the target.
+            start = max(0, -(-(target - window) // stride) * stride)
+            expected.append(_definition(model, params, document[start : target + 1])[-1])
+    scores = evaluate(model, params, documents.sliding(found, window, stride, batch_size=4))
+    assert scores["tokens"] == len(expected)
+    assert scores["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_nothing_to_score_is_an_error() -> None:
     model, params = tiny("mamba")
     with pytest.raises(ValueError, match="no target"):
@@ -96,12 +150,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(f"line {i} of {n} and {n * i}\n" for n in range(6 + i))
         (folder / f"{i}.txt").write_text(text, encoding="utf-8")
     out = folder / "prepared"
-    held_out = find_files([folder / "10.txt", folder / "11.txt"])
+    held_out = find_sources([folder / "10.txt", folder / "11.txt"])
     prepare(
-        find_files([folder / f"{i}.txt" for i in range(10)]),
+        find_sources([folder / f"{i}.txt" for i in range(10)]),
         out,
         load_tokenizer("bytes"),
-        seq_len=LENGTH,
+        Settings(seq_len=LENGTH),
         validation_files=held_out,
     )
     return out
@@ -123,15 +177,19 @@ def test_model_and_baseline_count_the_same_targets(prepared: Path) -> None:
     scores = evaluate_split(model, params, held_out, batch_size=4)
     assert scores["tokens"] == len(text) + 2, "every byte and the end of both documents"
     assert scores["bytes"] == len(text)
-    assert scores == pytest.approx(evaluate_split(model, params, held_out, batch_size=7), rel=1e-6)
+    again = evaluate_split(model, params, held_out, batch_size=7)
+    whole = evaluate_documents(model, params, held_out, batch_size=3)
+    assert again["loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert whole["tokens"] == scores["tokens"]
+    assert whole["loss"] != pytest.approx(scores["loss"], rel=1e-5), "rows are read afresh, documents are not"
 
-    documents = list(byte_documents(held_out, tokenizer))
-    assert sorted(len(document) - 1 for document in documents) == sorted(
+    texts = list(byte_documents(held_out, tokenizer))
+    assert sorted(len(document) - 1 for document in texts) == sorted(
         len((prepared.parent / f"{i}.txt").read_bytes()) + 1 for i in (10, 11)
     )
     train = open_dataset(prepared, "train")
     baseline = evaluate_baseline(train, held_out, tokenizer, 2)
-    expected = ngram.bits(ngram.fit(byte_documents(train, tokenizer), 2), documents) / len(text)
+    expected = ngram.bits(ngram.fit(byte_documents(train, tokenizer), 2), texts) / len(text)
     assert baseline == {"order": 2, "bits_per_byte": expected, "bytes": len(text)}
     assert 0 < expected < 2
 
@@ -149,11 +207,11 @@ def test_subword_data_is_scored_as_its_bytes(prepared: Path, tmp_path: Path) -> 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = prepared.parent
     prepare(
-        find_files([source / f"{i}.txt" for i in range(10)]),
+        find_sources([source / f"{i}.txt" for i in range(10)]),
         tmp_path / "subword",
         load_tokenizer(tmp_path / "tokenizer.json"),
-        seq_len=LENGTH,
-        validation_files=find_files([source / "10.txt", source / "11.txt"]),
+        Settings(seq_len=LENGTH),
+        validation_files=find_sources([source / "10.txt", source / "11.txt"]),
     )
 
     def baseline(path: Path) -> dict[str, float]:
@@ -171,10 +229,14 @@ def test_the_script_writes_what_it_prints(
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert (scores["split"], scores["step"]) == ("validation", 0)
     model, params = tiny("mamba", ByteTokenizer.vocab_size)
-    expected = evaluate_split(model, params, open_dataset(prepared, "validation"))
-    assert scores["model"] == pytest.approx(expected, rel=1e-6)
-    assert f"{expected['bits_per_byte']:.4f}" in printed
-    assert f"{scores['baseline']['bits_per_byte']:.4f}" in printed
+    held_out = open_dataset(prepared, "validation")
+    expected = evaluate_documents(model, params, held_out)
+    assert scores["model"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert scores["rows"]["loss"] == pytest.approx(evaluate_split(model, params, held_out)["loss"], rel=1e-6)
+    script.run([str(run_folder), "--window", "16", "--stride", "8", "--no-baseline"])
+    sliding = evaluate_documents(model, params, held_out, window=16, stride=8)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"windows of 16, stride 8 {sliding['bits_per_byte']:.4f}" in printed
 
 
 def test_the_script_refuses_what_does_not_fit(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from ssm_jax.data.prepare import prepare
+from ssm_jax.data.prepare import Settings, prepare
 from ssm_jax.data.sources import TextFile
 from ssm_jax.data.tokenizers import ByteTokenizer
 from ssm_jax.training import load_run_config, train
@@ -22,7 +22,7 @@ def prepare_bytes(folder: Path, seq_len: int = 32) -> Path:
     for i in range(12):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {i * j}\n" for j in range(15)))
     files = [TextFile(path, path.name) for path in sorted(folder.glob("*.txt"))]
-    prepare(files, folder / "prepared", ByteTokenizer(), seq_len=seq_len, validation_percent=20.0)
+    prepare(files, folder / "prepared", ByteTokenizer(), Settings(seq_len=seq_len, validation_percent=20.0))
     return folder / "prepared"
 
 
