@@ -4,8 +4,12 @@ import os
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssm_jax.errors import ConfigError
+from ssm_jax.typing import PyTree
 
 
 def initialize(
@@ -52,6 +56,47 @@ def process_count() -> int:
 def is_main() -> bool:
     """True in the one process that writes logs and files."""
     return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns in every process when all have come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def from_main(value: int) -> int:
+    """The main process's value, in every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def everywhere(error: Exception | None) -> bool:
+    """True in every process if none of them comes with an error: so that one that failed leaves nobody waiting."""
+    if jax.process_count() == 1:
+        return error is None
+    from jax.experimental import multihost_utils
+
+    return not bool(np.any(multihost_utils.process_allgather(np.int32(error is not None))))
+
+
+def preempted(step: int) -> bool:
+    """True in every process, at the same step, after any of them got SIGTERM. Needs ``initialize`` to have joined processes."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def local_copy(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Whole arrays on this process's first device, from arrays on a mesh of all processes; as they are with one process."""
+    if jax.process_count() == 1:
+        return tree
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.addressable_data(0)), whole)
 
 
 def _number(variable: str) -> int | None:

@@ -25,6 +25,10 @@ ORDER, WINDOW = 3, 1024
 
 def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    if args.batch_size < 1 or (args.window is not None and args.window < 1):
+        raise DataError("Options --batch-size and --window must be at least 1.")
+    if args.window is not None and args.stride is None:
+        raise DataError("Option --window needs --stride; without it the context has no end.")
     from ssm_jax import checkpoint, files
     from ssm_jax.data.shards import open_dataset
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
@@ -79,7 +83,8 @@ def table(result: dict[str, Any]) -> str:
     if "rows" in result:
         lines.append(_line("the same, every row read afresh", result["rows"]))
     if baseline:
-        name = f"interpolated order-{baseline['order']} byte model"
+        decoded = "" if baseline["bytes"] == scores["bytes"] else ", of the decoded text"
+        name = f"order-{baseline['order']} byte model{decoded}"
         lines.append(f"{name:38}{baseline['bits_per_byte']:>10.4f}")
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
 from ssm_jax.errors import DataError
 from ssm_jax.interop import from_pretrained
 from ssm_jax.models import LanguageModel
@@ -17,7 +17,7 @@ def load(path: str, dtype: str | None = None) -> tuple[LanguageModel, Params, To
     """
     if not Path(path).is_dir():
         raise DataError(f"Model folder {path} does not exist; give a run folder or a folder with exported weights.")
-    tokenizer = load_tokenizer(tokenizer_folder(Path(path)))
+    tokenizer = load_tokenizer(tokenizer_folder(Path(path)) or path)
     model, params = from_pretrained(path, dtype=dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
@@ -25,9 +25,3 @@ def load(path: str, dtype: str | None = None) -> tuple[LanguageModel, Params, To
             "put the model's own tokenizer there."
         )
     return model, params, tokenizer
-
-
-def tokenizer_folder(path: Path) -> Path:
-    """Where a folder's tokenizer lies: ``tokenizer/`` of the run, or the folder itself."""
-    runs = (path, path.parent.parent)
-    return next((folder / "tokenizer" for folder in runs if (folder / "tokenizer").is_dir()), path)

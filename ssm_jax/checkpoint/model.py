@@ -24,7 +24,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_model(
     path: str | Path, step: int | None = None, *, shardings: PyTree | None = None, **config_overrides: Any
 ) -> tuple[LanguageModel, Params]:
-    """The model and the parameters, as saved, of a run folder (its last good checkpoint, or ``step``) or of one checkpoint.
+    """The model and the parameters, as saved, of a run folder (its last good checkpoint, or ``step``) or of one checkpoint: their
+    moving average where the run kept one.
 
     ``shardings``: one sharding, or a tree like the parameters; default one device. ``config_overrides`` change fields of the
     model's config that leave the parameters as they are, such as ``dtype="bfloat16"``.
@@ -38,7 +39,8 @@ def load_model(
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     placed = with_shardings(shapes, shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     trainable, frozen = optim.split(placed, info["freeze"], info["train"])
-    params = store.restore(folder, {"params": trainable})[0]["params"]
+    item = "params" if info.get("ema") is None else "ema"
+    params = store.restore(folder, {item: trainable})[0][item]
     if frozen:
         params = optim.merge(params, store.restore(folder.parent / FROZEN, {"params": frozen})[0]["params"])
     return model, params

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import yaml
 
+from ssm_jax import distributed
 from ssm_jax.checkpoint import manifest
 from ssm_jax.config import read_yaml
 from ssm_jax.errors import CheckpointError
@@ -34,46 +35,72 @@ def steps(root: str | Path) -> list[int]:
 
 
 def save(
-    root: str | Path, step: int, items: Mapping[str, PyTree], info: Mapping[str, Any], keep: int | None = None
+    root: str | Path,
+    step: int,
+    items: Mapping[str, PyTree],
+    info: Mapping[str, Any],
+    keep: int | None = None,
+    keep_every: int | None = None,
 ) -> Path:
     """Saves named pytrees and a plain mapping as the checkpoint of ``step``; returns its folder.
 
-    Then drops all but the last ``keep`` checkpoints (None keeps all) and what interrupted saves left behind.
+    Then drops all but the last ``keep`` checkpoints (None keeps all) and those at multiples of ``keep_every``, and what
+    interrupted saves left behind.
 
     Raises:
         CheckpointError: the file system refused; the former checkpoints are untouched.
     """
     folder = folder_of(root, step)
     write_folder(folder, items, info)
+    if not distributed.is_main():
+        return folder
     for partial in Path(root).glob(f"*{_PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
     for old in steps(root)[:-keep] if keep else []:
-        if old != step:
+        if old != step and not (keep_every and old % keep_every == 0):
             shutil.rmtree(folder_of(root, old))
     return folder
 
 
 def write_folder(folder: Path, items: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
-    """Writes one checkpoint folder, whatever its name; replaces an existing one only when the new one is complete."""
+    """Writes one checkpoint folder, whatever its name; replaces an existing one only when the new one is complete.
+
+    All processes write their parts of the arrays; the main one does the rest.
+    """
     from orbax.checkpoint import v1 as ocp
 
     partial = folder.with_name(folder.name + _PARTIAL)
-    try:
+
+    def begin() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+
+    def write_arrays() -> None:
         ocp.save_checkpointables((partial / _ARRAYS).absolute(), dict(items))
+
+    def finish() -> None:
         (partial / _INFO).write_text(yaml.safe_dump(dict(info), sort_keys=False), encoding="utf-8")
         manifest.write(partial, {name: _describe(tree) for name, tree in items.items()})
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
-    except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+    for stage, by_all in ((begin, False), (write_arrays, True), (finish, False)):
+        problem: Exception | None = None
+        try:
+            if by_all or distributed.is_main():
+                stage()
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
+            problem = error
+        if distributed.everywhere(problem):
+            continue
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200] if problem else "in another process"
         raise CheckpointError(
             f"Checkpoint {folder} could not be written ({reason}); earlier checkpoints are untouched."
-        ) from error
+        ) from problem
 
 
 def restore(folder: str | Path, abstract: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
@@ -116,9 +143,25 @@ def latest_good(root: str | Path, *, set_aside: bool) -> Path | None:
 
     Every damaged one on the way is reported on stderr and, with ``set_aside``, renamed to ``<step>.damaged``.
 
+    With several processes the main one verifies, and all return what it found.
+
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
     """
+    found, problem = -1, None
+    if distributed.is_main():
+        try:
+            found = _latest_good_step(Path(root), set_aside)
+        except CheckpointError as error:
+            problem = error
+    if not distributed.everywhere(problem):
+        raise problem or CheckpointError(f"The main process found no good checkpoint in {root}.")
+    step = distributed.from_main(found)
+    return None if step < 0 else folder_of(root, step)
+
+
+def _latest_good_step(root: Path, set_aside: bool) -> int:
+    """-1 if there is no checkpoint."""
     found = steps(root)
     for step in reversed(found):
         folder = folder_of(root, step)
@@ -126,20 +169,20 @@ def latest_good(root: str | Path, *, set_aside: bool) -> Path | None:
             manifest.verify(folder)
             if step != found[-1]:
                 print(f"warning: using step {step} instead", file=sys.stderr)
-            return folder
+            return step
         except CheckpointError as error:
             print(f"warning: {error}", file=sys.stderr)
             if set_aside:
                 aside = _free_name(folder)
                 os.replace(folder, aside)
                 print(f"warning: set it aside as {aside}", file=sys.stderr)
-    damaged = list(Path(root).glob(f"*{_DAMAGED}*")) if Path(root).is_dir() else []
+    damaged = list(root.glob(f"*{_DAMAGED}*")) if root.is_dir() else []
     if found or damaged:
         raise CheckpointError(
             f"All {len(found) or len(damaged)} checkpoint(s) in {root} are damaged; restore one from a backup or start anew "
             "in another folder."
         )
-    return None
+    return -1
 
 
 def _free_name(folder: Path) -> Path:

@@ -108,7 +108,7 @@ def _parse_line(line: bytes, number: int, file: TextFile, text_field: str) -> Do
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return DataError(f"File {where}, is not UTF-8; convert the file to UTF-8.")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return DataError(f"File {where}, is not JSON ({error}); every line must be one JSON object.")
     return _from_record(record, text_field, f"{file.name}:{number}", where)
 
@@ -121,11 +121,14 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document | DataEr
             return
         number = 0
         for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+            column = batch.column(0)
+            if str(column.type) in ("string", "large_string"):
+                column = column.cast(str(column.type).replace("string", "binary"))  # not yet known to be UTF-8
+            for text in column.to_pylist():
                 number += 1
-                yield _from_record(
-                    {text_field: text}, text_field, f"{file.name}:{number}", f"{file.path}, row {number}"
-                )
+                name, where = f"{file.name}:{number}", f"{file.path}, row {number}"
+                is_text = isinstance(text, bytes)
+                yield _checked(Document(name, text), where) if is_text else _no_text(where, text_field, [text_field])
 
 
 def read_hub(source: HubDataset, text_field: str) -> Iterator[Document | DataError]:

@@ -1,6 +1,7 @@
 """Reading prepared rows in batches: a batch is a pure function of the seed and the global row index.
 
-Row ``g`` of the endless stream is row ``shuffle(epoch, g mod rows)`` of the split, ``epoch = g // rows``. Batch ``b`` holds the
+Row ``g`` of the endless stream is row ``shuffle(epoch, g mod rows)`` of the split, ``epoch = g // rows``; of several corpora, ``g``
+also decides which one (``grain.MapDataset.mix``). Batch ``b`` holds the
 rows ``start_row + b * batch_size + (0 ... batch_size - 1)``, and of P processes the p-th reads the p-th contiguous part of it. So
 starting after the rows already used gives what running on would give, and any number of processes sees the same batches.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.packing import PackedRow, Row, absent_row, decode_record, expand
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.errors import DataError
@@ -66,7 +68,7 @@ def stored_documents(dataset: PackedDataset) -> Iterator[np.ndarray]:
 
 
 def batches(
-    dataset: PackedDataset,
+    data: PackedDataset | Mixture,
     *,
     batch_size: int,
     seed: int = 0,
@@ -85,15 +87,20 @@ def batches(
         seed: of the shuffle, which differs from epoch to epoch.
         start_row: the first global row: the number of rows already used, by whatever batch sizes.
         shuffle: or the stored order.
-        repeat: without end; else one pass, the last batch filled up with absent rows (position -1, weight 0).
+        repeat: without end (always so with several corpora); else one pass, the last batch filled up with absent rows (position -1,
+            weight 0).
         process_index, process_count: which contiguous part of each global batch to read.
 
     Raises:
         DataError: data prepared as documents, a batch size that does not divide over the processes, a seed that has more than 32
             bits; while iterating, a damaged record.
     """
-    if dataset.manifest.form != "rows":
-        raise DataError(f"Data {dataset.path} was prepared as {dataset.manifest.form}; prepare rows with --form rows.")
+    mixture = Mixture((data,), (1.0,)) if isinstance(data, PackedDataset) else data
+    for dataset in mixture.datasets:
+        if dataset.manifest.form != "rows":
+            raise DataError(
+                f"Data {dataset.path} was prepared as {dataset.manifest.form}; prepare rows with --form rows."
+            )
     if batch_size < 1 or batch_size % process_count:
         raise DataError(
             f"Batch size {batch_size} does not divide over {process_count} processes; choose a multiple of it."
@@ -101,22 +108,26 @@ def batches(
     if not 0 <= seed < 2**32:
         raise DataError(f"Data seed {seed} is out of range; choose one from 0 to {2**32 - 1}.")
     local_size = batch_size // process_count
-    stream = grain.MapDataset.source(PackedRows(dataset)).seed(seed)
-    if shuffle:
-        stream = stream.shuffle()
-    if repeat:
-        stream = stream.repeat()
-    absent = absent_row(dataset.seq_len)
+    one = len(mixture.datasets) == 1
+    streams = [_stream(dataset, seed, shuffle, repeat or not one) for dataset in mixture.datasets]
+    stream = streams[0] if one else grain.MapDataset.mix(streams, mixture.weights)
+    absent = absent_row(mixture.seq_len)
 
     def read(index: int) -> Row:
         first = start_row + index * batch_size + process_index * local_size
         rows = [stream[i] if i < len(stream) else absent for i in range(first, first + local_size)]
         return {name: np.stack([row[name] for row in rows]) for name in absent}
 
-    stop = sys.maxsize if repeat else dataset.rows
+    stop = sys.maxsize if repeat else mixture.rows
     count = max(0, stop - start_row)
     count = count // batch_size if repeat else -(-count // batch_size)
     return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(_READ))
+
+
+def _stream(dataset: PackedDataset, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset:
+    stream = grain.MapDataset.source(PackedRows(dataset)).seed(seed)
+    stream = stream.shuffle() if shuffle else stream
+    return stream.repeat() if repeat else stream
 
 
 def evaluation_batches(

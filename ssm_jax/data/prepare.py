@@ -7,6 +7,7 @@ A preparation that was interrupted goes on where it stopped when it is started a
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -30,6 +31,8 @@ from ssm_jax.data.tokenizers import Tokenizer
 from ssm_jax.errors import DataError
 
 Form = Literal["rows", "documents"]
+TASK_BYTES = 16_000_000
+"""Files up to this size together are one piece of work."""
 WORTH_KEEPING = 16_000_000
 """Bytes of encoded text from which on a preparation that failed leaves its work for the next attempt."""
 
@@ -125,18 +128,34 @@ def prepare(
 
 
 def _tasks(files: Sequence[Source], validation_files: Sequence[Source], settings: Settings, dtype: str) -> list[Task]:
-    """Validation first, so that a document in both is for validation. A byte limit spans all training sources."""
+    """Validation first, so that a document in both is for validation. A byte limit spans all training sources; small files share a
+    task."""
     train = "train" if validation_files else None
     chains: list[tuple[tuple[Source, ...], str | None, int | None]]
-    chains = [((source,), "validation", None) for source in validation_files]
+    chains = [(group, "validation", None) for group in _together(validation_files)]
     if settings.max_bytes is None:
-        chains += [((source,), train, None) for source in files]
+        chains += [(group, train, None) for group in _together(files)]
     else:
         chains.append((tuple(files), train, settings.max_bytes))
     return [
         Task(number, sources, split, limit, settings.text_field, dtype)
         for number, (sources, split, limit) in enumerate(chains)
     ]
+
+
+def _together(sources: Sequence[Source]) -> Iterator[tuple[Source, ...]]:
+    """Consecutive small files in groups, everything else alone."""
+    group: list[Source] = []
+    size = 0
+    for source in sources:
+        own = source.path.stat().st_size if isinstance(source, TextFile) else TASK_BYTES
+        if group and size + own > TASK_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(source)
+        size += own
+    if group:
+        yield tuple(group)
 
 
 def _without_duplicates(documents: Iterable[Entry], dropped: Dropped) -> Iterator[Entry]:
@@ -185,8 +204,12 @@ def _write(
 ) -> Split:
     key = str(settings.seed).encode()
     ordered = sorted(members, key=lambda document: hashlib.sha256(key + document.digest).digest())
-    tokens = {part: np.memmap(part, np.dtype(dtype), "r") for part in {document.part for document in members}}
-    arrays = (tokens[entry.part][entry.start : entry.start + entry.length] for entry in ordered)
+
+    @functools.lru_cache(maxsize=64)  # an open file each
+    def tokens(part: Path) -> np.ndarray:
+        return np.memmap(part, np.dtype(dtype), "r")
+
+    arrays = (tokens(entry.part)[entry.start : entry.start + entry.length] for entry in ordered)
     total = sum(document.length for document in members)
     rows: Iterator[PackedRow]
     if settings.form == "rows":

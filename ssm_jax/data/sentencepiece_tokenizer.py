@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -38,12 +39,9 @@ class SentencePieceTokenizer:
         if eos_id is None and own < 0:
             raise ValueError("it has no end-of-text token")
         self.eos_id = own if eos_id is None else eos_id
+        if not self._processor.is_control(self.eos_id):
+            raise ValueError(f"its token {self.eos_id} is no control token, so text could spell it")
         self.fingerprint = hashlib.sha256(json.dumps([self.eos_id]).encode() + model).hexdigest()
-
-    def piece_id(self, piece: str) -> int | None:
-        """The id of a piece, None if the model has none."""
-        found = int(self._processor.piece_to_id(piece))
-        return found if self._processor.id_to_piece(found) == piece else None
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "n"]:
         """The ids of ``text``, no special tokens added."""
@@ -55,7 +53,8 @@ class SentencePieceTokenizer:
             plain = [text if isinstance(text, str) else text.decode("utf-8") for text in texts]
         except UnicodeDecodeError as error:
             raise DataError(f"Text is not UTF-8 (byte {error.start}); a subword tokenizer needs UTF-8.") from error
-        return [np.asarray(ids, np.int32) for ids in self._processor.encode(plain, out_type=int)]
+        threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+        return [np.asarray(ids, np.int32) for ids in self._processor.encode(plain, out_type=int, num_threads=threads)]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids``; control tokens and ids outside the vocabulary are left out."""
@@ -66,3 +65,14 @@ class SentencePieceTokenizer:
         """Writes ``tokenizer.model`` unchanged, and what we know of it."""
         (Path(folder) / MODEL_FILE).write_bytes(self._model)
         write_description(Path(folder), self)
+
+
+def piece_id(model: bytes, piece: str) -> int | None:
+    """The id of a piece of a model, None if it has none. Raises ValueError for what is no model."""
+    sentencepiece = import_extra("sentencepiece", "A tokenizer.model")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:
+        raise ValueError("it is no SentencePiece model") from error
+    found = int(processor.piece_to_id(piece))
+    return found if processor.id_to_piece(found) == piece else None

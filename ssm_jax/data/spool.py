@@ -1,16 +1,18 @@
 """Reading and encoding of a corpus, in parallel and in parts that outlive an interruption.
 
-A task is one source, or a chain of sources that share a byte limit. Each writes its documents' framed tokens to
-``NNNNN-PPPPP.tokens``, with lengths and content hashes in ``.index.npz``, which is written last: a part is complete or it is not
-there. A task that is started again reads its source again, but encodes only what no complete part holds.
+A task is a chain of sources: one large source, several small files, or all that share a byte limit. Each writes its documents'
+framed tokens to ``NNNNN-PPPPP.tokens``, with lengths and content hashes in ``.index.npz``, written last: a part is whole or it is
+not there. A task that is started again reads its sources again, but encodes only what no complete part holds.
 """
 
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -27,6 +29,7 @@ from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 ENCODE_BYTES = 4_000_000
 """Text that is encoded at once: enough to keep all cores busy, little enough to hold."""
+_AT_WORK = "at_work"
 PART_BYTES = 64_000_000
 """Text in a part: what an interruption costs at most, per worker."""
 
@@ -73,17 +76,22 @@ def spool(
 ) -> Dropped:
     """Works through the tasks, in this process or in up to ``workers`` others; ``advance`` hears of the text read, in bytes.
 
+    The folder holds the tokenizer too. Workers end when this process does, and none of an earlier run is at work when it begins.
+
     Raises:
         DataError: the first source that cannot be used.
     """
+    with (folder / _AT_WORK).open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
     if workers <= 1 or len(tasks) <= 1:
         return _total(_run(task, folder, tokenizer, advance) for task in tasks)
     context = multiprocessing.get_context("spawn")
+    leave = context.Event()
     with concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(tasks)), context, initializer=_initialize_worker
+        min(workers, len(tasks)), context, initializer=_begin_work, initargs=(folder, os.getpid(), leave)
     ) as pool:
-        futures = [pool.submit(_run_in_worker, task, folder) for task in tasks]
         try:
+            futures = [pool.submit(_run_in_worker, task) for task in tasks]
             done = []
             for future in concurrent.futures.as_completed(futures):
                 dropped, text_bytes = future.result()
@@ -91,7 +99,8 @@ def spool(
                 advance(text_bytes)
             return _total(done)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            leave.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -143,7 +152,7 @@ def write_documents(
     """Writes one part and says what lies in it."""
     written: list[Entry] = []
     start = 0
-    temporary = part.with_suffix(".tmp")
+    temporary = part.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
         for group in _groups(iter(documents), ENCODE_BYTES):
             texts = [document.text for document in group]
@@ -155,7 +164,7 @@ def write_documents(
                 start += len(framed)
             advance(sum(map(len, texts)))
     temporary.rename(part)
-    index = part.with_suffix(".index.tmp.npz")
+    index = part.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(
         index,
         digests=np.stack([np.frombuffer(entry.digest, np.uint8) for entry in written]),
@@ -204,16 +213,33 @@ def _total(parts: Iterable[Dropped]) -> Dropped:
     return total
 
 
-def _initialize_worker() -> None:
-    """Workers share the cores among themselves, and leave Ctrl-C to the parent."""
+class _Worker:
+    """What a worker process keeps between tasks."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    lock: Any
+
+
+def _begin_work(folder: Path, parent: int, leave: Any) -> None:
+    """Workers share the cores among themselves, leave Ctrl-C to the parent, and end with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Worker.folder, _Worker.tokenizer, _Worker.lock = folder, load_tokenizer(folder), (folder / _AT_WORK).open("w")
+    fcntl.flock(_Worker.lock, fcntl.LOCK_SH)
+
+    def watch() -> None:
+        while os.getppid() == parent and not leave.wait(0.2):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_in_worker(task: Task, folder: Path) -> tuple[Dropped, int]:
+def _run_in_worker(task: Task) -> tuple[Dropped, int]:
     read = [0]
 
     def count(size: int) -> None:
         read[0] += size
 
-    return _run(task, folder, load_tokenizer(folder), count), read[0]
+    return _run(task, _Worker.folder, _Worker.tokenizer, count), read[0]

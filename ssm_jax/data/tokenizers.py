@@ -137,6 +137,13 @@ def load_tokenizer(source: str | Path = "bytes", *, eos_token: str | None = None
     return _subword(path.read_text(encoding="utf-8"), path, eos_token)
 
 
+def tokenizer_folder(path: Path) -> Path | None:
+    """Where the tokenizer of a folder lies: in it, in its ``tokenizer``, or in that of the run whose checkpoint it is."""
+    marks = (DESCRIPTION_FILE, MODEL_FILE, spm.MODEL_FILE, "encoder.json", "vocab.json")
+    folders = (path / "tokenizer", path, path.resolve().parent.parent / "tokenizer")
+    return next((folder for folder in folders if any((folder / mark).is_file() for mark in marks)), None)
+
+
 class TextStream:
     """Decodes ids as they are generated, holding back characters whose bytes are still incomplete.
 
@@ -230,7 +237,7 @@ def _sentencepiece(path: Path, eos_token: str | None) -> SentencePieceTokenizer:
         model = path.read_bytes()
         if eos_token is None:
             return SentencePieceTokenizer(model)
-        eos_id = SentencePieceTokenizer(model, 0).piece_id(eos_token)
+        eos_id = spm.piece_id(model, eos_token)
         if eos_id is None:
             raise ValueError(f"it has no token {eos_token!r}")
         return SentencePieceTokenizer(model, eos_id)

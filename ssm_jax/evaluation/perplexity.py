@@ -38,7 +38,7 @@ def evaluate(
 
     Returns:
         loss (nats), perplexity, bits_per_token, tokens (the sum of the weights), with ``text_bytes`` bits_per_byte and bytes, and
-        by_position: loss and tokens for positions below 1, 2, 4, ... 2^i of the document.
+        by_context: loss and tokens of the targets that have fewer than 1, 2, 4, ... 2^i tokens before their input token.
 
     Raises:
         ValueError: the batches hold no target.
@@ -61,10 +61,10 @@ def evaluate(
     }
     if text_bytes is not None:
         scores |= {"bits_per_byte": total / math.log(2) / text_bytes, "bytes": float(text_bytes)}
-    by_position = [
+    by_context = [
         {"below": 2 ** int(i), "loss": totals[0, i] / totals[1, i], "tokens": totals[1, i]} for i in filled.tolist()
     ]
-    return {**scores, "by_position": by_position}
+    return {**scores, "by_context": by_context}
 
 
 def _scored(

@@ -2,6 +2,6 @@
 
 from ssm_jax.interop.converting import convert
 from ssm_jax.interop.layouts import LAYOUTS, Layout
-from ssm_jax.interop.pretrained import from_pretrained, save_pretrained
+from ssm_jax.interop.pretrained import from_pretrained, model_of, save_pretrained
 
-__all__ = ["LAYOUTS", "Layout", "convert", "from_pretrained", "save_pretrained"]
+__all__ = ["LAYOUTS", "Layout", "convert", "from_pretrained", "model_of", "save_pretrained"]

@@ -22,6 +22,14 @@ def is_native(path: Path) -> bool:
     return checkpoint.is_checkpoint(path)
 
 
+def read_model(path: Path) -> dict[str, Any]:
+    """``family`` and config fields of a run's or checkpoint's model."""
+    from ssm_jax import checkpoint
+    from ssm_jax.checkpoint import store
+
+    return dict(store.read_info(checkpoint.find_checkpoint(path))["model"])
+
+
 def read_native(path: Path, shardings: Any, overrides: dict[str, Any]) -> tuple[LanguageModel, Params]:
     """The model and parameters of a run folder or checkpoint; ``shardings`` and ``overrides`` as in ``from_pretrained``."""
     from ssm_jax import checkpoint

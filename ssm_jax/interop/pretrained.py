@@ -71,6 +71,18 @@ def from_pretrained(
         raise LayoutError(f"{path}, read as {read_as}{corrected}: {error}") from error
 
 
+def model_of(path: str | Path) -> dict[str, Any]:
+    """``family`` and the fields of the config of the model in a folder that ``from_pretrained`` reads; no weights are loaded.
+
+    Raises:
+        LayoutError, CheckpointError: as ``from_pretrained``.
+    """
+    path = Path(path)
+    if native.is_native(path):
+        return native.read_model(path)
+    return config_to_dict(open_folder(path).model.config)
+
+
 def open_folder(path: Path, **config_overrides: Any) -> Source:
     """Recognises a folder and reads its config; the tensors are not loaded (but for a head that may be tied)."""
     if not path.is_dir():

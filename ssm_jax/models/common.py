@@ -15,6 +15,12 @@ def require(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
+def require_rate(dropout: float) -> None:
+    """Raises ValueError unless a dropout rate lies in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+
+
 def published(d_model: int, n_layers: int) -> dict[str, Any]:
     """Fields of a size published by state-spaces: trained with the GPT-NeoX tokenizer, everything else as by default."""
     return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from ssm_jax.typing import Positions, Tokens
 
-
-def check_inputs(tokens: Tokens, positions: Positions | None, vocab_size: int) -> None:
+def check_inputs(tokens: Array, positions: Array | None, vocab_size: int) -> None:
     """Shapes and types always; values where they can be read, outside ``jit``.
 
     Raises:

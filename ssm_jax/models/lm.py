@@ -95,9 +95,10 @@ class LanguageModel(nn.Module):
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
         check_inputs(tokens, positions, self.config.vocab_size)
         batch, length = tokens.shape
+        known = (tokens >= 0) & (tokens < self.config.vocab_size)
         h_BLD, layer_states = scan_layers(
             self.layers,
-            self.embed(tokens),
+            self.embed(jnp.where(known, tokens, self.config.padded_vocab_size)),  # beyond the table is NaN
             state.layers if state else None,
             positions,
             deterministic,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssm_jax.models.common import published, require, round_up
+from ssm_jax.models.common import published, require, require_rate, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba
 
@@ -21,6 +21,7 @@ class MambaConfig:
         d_state: N. d_conv: K. expand: E / d_model. dt_rank: R, "auto" = ceil(d_model / 16).
         residual_in_fp32: keep the residual stream in float32 whatever ``dtype`` is.
         dtype, param_dtype: compute and storage of parameters; states, decays and the loss are float32 always.
+        dropout: of every layer's output, in training.
         remat: what is recomputed in the backward pass: "none", "dots" (all but weight products), "full" (whole layers).
     """
 
@@ -44,10 +45,12 @@ class MambaConfig:
     dt_scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
     remat: Literal["none", "dots", "full"] = "none"
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        require_rate(self.dropout)
         require(self, "vocab_size", "d_model", "n_layers", "d_state", "d_conv", "expand", "pad_vocab_size_multiple")
         if self.dt_rank != "auto":
             require(self, "dt_rank")
@@ -84,7 +87,7 @@ def layer(config: MambaConfig) -> Block:
         chunk_size=config.chunk_size,
         **kinds,
     )
-    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer)
+    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer, dropout=config.dropout)
 
 
 def flops_per_token(config: MambaConfig, context: int) -> float:

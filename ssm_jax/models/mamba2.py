@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssm_jax.models.common import published, require, round_up
+from ssm_jax.models.common import published, require, require_rate, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba2
 
@@ -42,10 +42,12 @@ class Mamba2Config:
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
     remat: Literal["none", "dots", "full"] = "none"
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        require_rate(self.dropout)
         require(self, "vocab_size", "d_model", "n_layers", "d_state", "d_conv", "expand", "headdim", "ngroups")
         require(self, "pad_vocab_size_multiple")
         if self.d_inner % self.headdim:
@@ -89,7 +91,7 @@ def layer(config: Mamba2Config) -> Block:
         chunk_size=config.chunk_size,
         **kinds,
     )
-    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer)
+    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer, dropout=config.dropout)
 
 
 def flops_per_token(config: Mamba2Config, context: int) -> float:

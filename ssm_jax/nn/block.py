@@ -16,20 +16,23 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)). The stream keeps its own dtype; norm and mixer compute in theirs."""
+    """h + dropout(mixer(norm(h))). The stream keeps its own dtype; norm and mixer compute in theirs."""
 
     norm: nn.Module
     mixer: nn.Module
+    dropout: float = 0.0
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> PyTree:
         """Zeros: the mixer's state before any token."""
         return self.mixer.init_state(batch_size)
 
+    @nn.compact
     def __call__(
         self, h_BLD: Activations, state: PyTree, positions: Positions | None, deterministic: bool = True
     ) -> tuple[Activations, PyTree]:
         out_BLD, state = self.mixer(self.norm(h_BLD), state, positions)
+        out_BLD = nn.Dropout(self.dropout)(out_BLD, deterministic=deterministic)
         return h_BLD + out_BLD.astype(h_BLD.dtype), state
 
 

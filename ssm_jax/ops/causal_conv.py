@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ssm_jax.ops import dispatch
+from ssm_jax.ops.resets import clear
 from ssm_jax.typing import Lengths, Reset
 
 _EXACT = lax.Precision.HIGHEST
@@ -49,7 +50,9 @@ def causal_conv(
         bias_D = jnp.zeros((width,), wide)
     if state is None:
         state = jnp.zeros((batch, kernel_KD.shape[0] - 1, width), wide)
-    arrays = (x_BLD, kernel_KD, bias_D, state.astype(wide), reset, lengths)
+    starts = None if reset is None else reset[:, 0] if lengths is None else reset[:, 0] & (lengths > 0)
+    window = clear(state.astype(wide), starts)
+    arrays = (x_BLD, kernel_KD, bias_D, window, reset, lengths)
     if implementation == "reference":
         return reference(*arrays, activation=activation)
     return _differentiable(activation, implementation, *arrays)

@@ -32,7 +32,7 @@ def cross_entropy(
     Where the weight is 0, target and logits may be anything, NaN included.
     """
     loss_BL, _ = _token_loss(_finite_where_ignored(logits_BLV.astype(jnp.float32), weights_BL), targets_BL, z_loss)
-    return jnp.sum(loss_BL * weights_BL), jnp.sum(weights_BL, dtype=jnp.float32)
+    return _weighted_sum(loss_BL, weights_BL), jnp.sum(weights_BL, dtype=jnp.float32)
 
 
 def linear_cross_entropy(
@@ -85,6 +85,10 @@ def linear_token_nll(
 def _finite_where_ignored(x: Array, weights: Array) -> Array:
     """Zero in place of what is not finite where the weight is 0: zero times NaN is NaN."""
     return jnp.where((weights == 0)[..., None] & ~jnp.isfinite(x), 0, x)
+
+
+def _weighted_sum(loss: Array, weights: Array) -> Array:
+    return jnp.sum(jnp.where((weights == 0) & ~jnp.isfinite(loss), 0, loss) * weights)
 
 
 def _token_loss(
@@ -144,7 +148,7 @@ def _linear_loss(
     static: tuple[int, int, float], features: Array, readout: Array, targets: Array, weights: Array
 ) -> Array:
     chunk_size, _, z_loss = static
-    return jnp.sum(_linear_token_loss(chunk_size, z_loss, features, readout, targets) * weights)
+    return _weighted_sum(_linear_token_loss(chunk_size, z_loss, features, readout, targets), weights)
 
 
 def _forward(
@@ -160,7 +164,7 @@ def _forward(
         loss, log_normaliser = _token_loss(logits, targets, z_loss)
         softmax = jnp.exp(logits - log_normaliser[..., None])
         d_logits = softmax * (1 + 2 * z_loss * log_normaliser)[..., None] - _is_target(targets, logits)
-        d_logits = (d_logits * weights[..., None]).astype(dtype)
+        d_logits = jnp.where((weights == 0)[..., None], 0, d_logits * weights[..., None]).astype(dtype)
         d_features = jnp.einsum("bcv,dv->bcd", d_logits, low_readout, preferred_element_type=jnp.float32)
         by_shard = (x.reshape(shards, -1, *x.shape[1:]) for x in (features, d_logits))
         d_readout += jnp.einsum("sbcd,sbcv->sdv", *by_shard, preferred_element_type=jnp.float32)
@@ -171,7 +175,7 @@ def _forward(
     d_readout, (d_features, loss) = lax.scan(step, zeros, chunks)
     d_features, loss = (_join(x, targets.shape[1]) for x in (d_features, loss))
     d_readout, d_weights = jnp.sum(d_readout, axis=0).astype(readout.dtype), loss.astype(weights.dtype)
-    return jnp.sum(loss * weights), (d_features, d_readout, d_weights)
+    return _weighted_sum(loss, weights), (d_features, d_readout, d_weights)
 
 
 def _backward(

@@ -27,9 +27,10 @@ class OptimConfig:
         name: "adamw", "lion", "adafactor" or "muon"; see ``ssm_jax.optim.directions``.
         lr, final_lr: peak and last learning rate. schedule: see ``ssm_jax.optim.schedules``.
         warmup_steps, warmup_ratio: length of the warm-up, in steps or as a part of the total; at most one.
-        decay_ratio: the part of a "wsd" schedule, after warm-up, that decays.
+        decay_ratio: the part of a "wsd" schedule, after warm-up, that decays. power: of a "polynomial" one.
         clip_norm: bound of the global gradient norm, null for none.
         no_decay: patterns of parameter paths without weight decay.
+        ema: decay of an exponential moving average of the parameters, null for none; evaluation, samples and export use it.
         freeze, train: patterns of parameter paths to freeze, or the only ones to train; at most one of the two.
         max_skipped: updates in a row that may be skipped for non-finite gradients before the run stops.
     """
@@ -41,12 +42,14 @@ class OptimConfig:
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
     decay_ratio: float = 0.1
+    power: float = 2.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     no_decay: tuple[str, ...] = NO_DECAY
+    ema: float | None = None
     freeze: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     max_skipped: int = 10
@@ -64,6 +67,10 @@ class OptimConfig:
             raise ValueError("warmup_ratio must lie in [0, 1) and warmup_steps must not be negative")
         if not 0 < self.decay_ratio <= 1:
             raise ValueError(f"decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
+        if self.power <= 0:
+            raise ValueError(f"power is {self.power}; it must be above 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be null for none")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping")
 
@@ -79,6 +86,7 @@ def learning_rate(config: OptimConfig, step: jax.Array, total: jax.Array) -> jax
         warmup_steps=config.warmup_steps,
         warmup_ratio=config.warmup_ratio,
         decay_ratio=config.decay_ratio,
+        power=config.power,
     )
 
 
@@ -104,6 +112,12 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs
         _scale_by_learning_rate(),
     )
     return optax.apply_if_finite(chain, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+
+
+def average(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
+    """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), so that early values are soon forgotten."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - d).astype(old.dtype) * (new - old), ema, params)
 
 
 def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ssm_jax.errors import ConfigError
 
-Name = Literal["cosine", "wsd", "linear", "constant"]
+Name = Literal["cosine", "wsd", "linear", "polynomial", "constant"]
 Scalar = jax.Array | int | float
 
 
@@ -24,6 +24,7 @@ def learning_rate(
     warmup_steps: int = 0,
     warmup_ratio: float = 0.0,
     decay_ratio: float = 0.1,
+    power: float = 2.0,
 ) -> jax.Array:
     """The learning rate of step ``step`` (the first is 0) of ``total``, float32.
 
@@ -32,6 +33,7 @@ def learning_rate(
 
     * cosine: final + (peak - final) (1 + cos(pi p)) / 2
     * linear: peak + (final - peak) p
+    * polynomial: final + (peak - final) (1 - p)^power
     * wsd (warm-up, stable, decay): peak, then linear to ``final`` over the last ``decay_ratio`` of p
     * constant: peak
     """
@@ -42,11 +44,13 @@ def learning_rate(
         decayed = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     elif name == "linear":
         decayed = peak + (final - peak) * progress
+    elif name == "polynomial":
+        decayed = final + (peak - final) * (1.0 - progress) ** power
     elif name == "wsd":
         decayed = peak + (final - peak) * jnp.clip((progress - (1.0 - decay_ratio)) / decay_ratio, 0.0, 1.0)
     elif name == "constant":
         decayed = jnp.full_like(progress, peak)
     else:
-        raise ConfigError(f"Schedule {name!r} is unknown; use cosine, wsd, linear or constant.")
+        raise ConfigError(f"Schedule {name!r} is unknown; use cosine, wsd, linear, polynomial or constant.")
     rising = peak * (step + 1.0) / jnp.maximum(warmup, 1.0)
     return jnp.where(step < warmup, rising, decayed)

@@ -19,15 +19,38 @@ def _require_interval(every: Every) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """One of several corpora. path: its folder. weight: its share of the rows, relative to the others'."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight is {self.weight}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Prepared data (``python -m train.prepare_data``).
 
-    path: its folder. seq_len: the rows' length, if you want it checked. seed: of the order in which rows are read.
+    path: its folder. mixture: instead, several corpora with weights. seq_len: the rows' length, if you want it checked. seed: of
+    the order in which rows are read.
     """
 
-    path: str
+    path: str | None = None
+    mixture: tuple[CorpusConfig, ...] = ()
     seq_len: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("exactly one of path and mixture must be set")
+
+    @property
+    def corpora(self) -> tuple[CorpusConfig, ...]:
+        """The mixture; of one corpus where ``path`` is set."""
+        return self.mixture if self.path is None else (CorpusConfig(self.path),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +73,29 @@ class BatchConfig:
 class TrainConfig:
     """How long to train.
 
-    steps: updates; the schedule ends there. time_budget_s: instead, as many updates as fit into so many seconds, measured once
-    before the first update. max_seconds: stop this session after so long, whatever is left; the same command goes on later.
+    steps: updates; the schedule ends there. epochs: instead, passes over the data (over so many rows, with a mixture).
+    time_budget_s: instead, as many updates as fit into so many seconds, measured once before the first update. max_seconds: stop
+    this session after so long, whatever is left; the same command goes on later.
+    profile: [first, last] step of which a profiler trace is written to the run's ``profile`` folder.
     accept_changes: resume although model, data, optimizer, batch or seed differ from the saved run.
     """
 
     steps: int | None = None
+    epochs: float | None = None
     time_budget_s: float | None = None
     max_seconds: float | None = None
+    profile: tuple[int, int] | None = None
     accept_changes: bool = False
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.time_budget_s is None):
-            raise ValueError("exactly one of steps and time_budget_s must be set; set the other to null")
-        for name in ("steps", "time_budget_s", "max_seconds"):
+        lengths = [name for name in ("steps", "epochs", "time_budget_s") if getattr(self, name) is not None]
+        if len(lengths) != 1:
+            raise ValueError("exactly one of steps, epochs and time_budget_s must be set; set the others to null")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"profile is {list(self.profile)}; it must be the first and the last step to trace, from 1 on"
+            )
+        for name in ("steps", "epochs", "time_budget_s", "max_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -105,23 +137,29 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """every: see Every; always at the end too. keep: how many of the last ones stay, null for all."""
+    """every: see Every; always at the end too. keep: how many of the last ones stay, null for all. keep_every: multiples of it stay
+    too, null for none."""
 
     every: Every = 0.25
     keep: int | None = 2
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         _require_interval(self.every)
         if self.keep is not None and self.keep < 1:
             raise ValueError("keep must be at least 1, or null to keep all")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError("keep_every must be at least 1, or null")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """every: steps between lines of metrics.jsonl and TensorBoard. tensorboard: write events."""
+    """every: steps between lines of metrics.jsonl and TensorBoard. tensorboard: write events. wandb: a project of Weights & Biases
+    that the same rows go to, null for none."""
 
     every: int = 1
     tensorboard: bool = True
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -133,14 +171,16 @@ class RunConfig:
     """Everything about a run. Model, data, optim, batch, seed and length are its identity; the rest may change on resume.
 
     model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. The
-    default ``vocab_size`` is the tokenizer's.
+    default ``vocab_size`` is the tokenizer's. init_from: start from the weights of a folder that ``from_pretrained`` reads; then
+    ``model`` holds only what should differ from that folder's model.
     """
 
     output: str
-    model: dict[str, Any]
     data: DataConfig
     batch: BatchConfig
     train: TrainConfig
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    init_from: str | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ssm_jax import distributed, sharding
+from ssm_jax.config import to_dict
+from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import batches
 from ssm_jax.errors import UserError
@@ -17,13 +20,14 @@ from ssm_jax.training import run as run_lib
 from ssm_jax.training import saving, summary
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.config import RunConfig, interval
-from ssm_jax.training.metrics import Meter, MetricsLog
+from ssm_jax.training.metrics import Meter, MetricsLog, require_trackers
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.run import Run
 from ssm_jax.training.samples import write_samples
 from ssm_jax.training.signals import StopRequest
 from ssm_jax.training.state import TrainState
 from ssm_jax.training.step import abstract_batch, compile_step, make_step
+from ssm_jax.training.tracing import Tracer
 from ssm_jax.training.validation import make_evaluation
 
 _WARM_STEPS, _TIMED_STEPS = 2, 10
@@ -38,6 +42,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     distributed.initialize()
+    require_trackers(config.log)
     run = run_lib.prepare(config)
     config, model, mesh = run.config, run.model, run.mesh
     shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh)
@@ -46,7 +51,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     run_lib.describe_in_folder(run)
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(config.train.max_seconds))
         progress = stack.enter_context(TrainingProgress())
         progress.note(summary.headline(run, shapes, frozen_shapes))
         if mesh.size > 1:
@@ -54,9 +59,10 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         if restored is not None:
             state, frozen, meter = restored
-            total_steps = config.train.steps or int(state.total_steps)
+            total_steps = _steps(config, run.data) or int(state.total_steps)
             state = _with_total_steps(state, total_steps)
-            if meter.step >= total_steps and summary.read(run.folder).get("steps") == meter.step:
+            finished = meter.step >= total_steps and summary.read(run.folder).get("steps") == meter.step
+            if distributed.from_main(int(finished)):
                 progress.note(f"this run is finished, at step {meter.step}; nothing to do")
                 return summary.read(run.folder)
             progress.note(f"going on from step {meter.step} of {total_steps}")
@@ -68,13 +74,17 @@ def train(config: RunConfig) -> dict[str, Any]:
         compile_s = time.monotonic() - compile_started
         progress.note(f"compiled in {compile_s:.1f} s")
         if restored is None:
-            total_steps = config.train.steps or _steps_in_budget(train_step, run, progress)
-            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps)
+            total_steps = _steps(config, run.data) or _steps_in_budget(train_step, run, progress)
+            params = run_lib.initial_params(run)
+            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps, params)
+            del params
             meter = Meter()
 
         evaluate = make_evaluation(run)
         every = _intervals(config, total_steps)
-        log = stack.enter_context(MetricsLog(run.folder, meter.step, config.log.tensorboard))
+        log = stack.enter_context(MetricsLog(run.folder, meter.step, config.log, to_dict(config)))
+        tracer = stack.enter_context(Tracer(run.folder, config.train.profile))
+        flops = summary.flops_per_step(run)
         rows = _rows(run, meter.rows)
         scores: dict[str, float] = {}
         done = saved = meter.step
@@ -82,7 +92,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         def read(metrics: dict[str, jax.Array]) -> None:
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            row = meter.row(meter.step + 1, values, config.batch.size)
+            row = meter.row(meter.step + 1, values, config.batch.size, flops)
             if row["step"] % config.log.every == 0 or row["step"] == total_steps:
                 log.write(row)
             progress.update(row)
@@ -90,10 +100,16 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         progress.start(done, total_steps)
         meter.restart()
-        while done < total_steps and stop.requested is None and not _out_of_time(config, started):
-            state, metrics = train_step(state, frozen, sharding.put_batch(next(rows), mesh))
+        while done < total_steps and not stop.at(done):
+            with meter.waiting("data_s"):
+                batch = sharding.put_batch(next(rows), mesh)
+            tracer.before(done + 1)
+            state, metrics = train_step(state, frozen, batch)
             done += 1
+            tracer.after(done, metrics)
             if unread is not None:
+                with meter.waiting("wait_s"):
+                    jax.block_until_ready(unread)
                 read(unread)
             unread = metrics
             due = {name for name, n in every.items() if done == total_steps or (n and done % n == 0)}
@@ -101,7 +117,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                 read(unread)
                 unread = None
                 if "eval" in due and evaluate is not None:
-                    scores = evaluate(state.params, frozen)
+                    scores = evaluate(state.average, frozen)
                     log.write({"step": done, **scores})
                     progress.note(f"step {done}, held out: {summary.describe_scores(scores)}")
                 if "sample" in due:
@@ -115,7 +131,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         if saved < done:
             saving.save(run, state, frozen, meter)
         if done == total_steps and not scores and evaluate is not None:  # killed between the last save and the summary
-            scores = evaluate(state.params, frozen)
+            scores = evaluate(state.average, frozen)
         if done < total_steps:
             progress.note(f"stopped at step {done} of {total_steps}; the same command goes on from there")
         measured = {**scores, "compile_s": compile_s, "session_s": time.monotonic() - started}
@@ -133,6 +149,13 @@ def _rows(run: Run, start_row: int) -> Iterator[Row]:
     )
 
 
+def _steps(config: RunConfig, data: Mixture) -> int | None:
+    """The length of the run where it does not depend on the machine."""
+    if config.train.epochs is not None:
+        return max(1, math.ceil(config.train.epochs * data.rows / config.batch.size))
+    return config.train.steps
+
+
 def _steps_in_budget(train_step: jax.stages.Compiled, run: Run, progress: TrainingProgress) -> int:
     """How many steps fit into ``train.time_budget_s``, from a few timed ones on a state that is thrown away."""
     state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1)
@@ -146,7 +169,7 @@ def _steps_in_budget(train_step: jax.stages.Compiled, run: Run, progress: Traini
     jax.block_until_ready(state)
     step_s = (time.monotonic() - started) / _TIMED_STEPS
     budget = run.config.train.time_budget_s or 0.0
-    steps = max(1, int(budget / step_s))
+    steps = distributed.from_main(max(1, int(budget / step_s)))
     progress.note(f"a step takes {step_s:.3f} s: {steps} steps fit into {budget:g} s")
     return steps
 
@@ -159,10 +182,6 @@ def _with_total_steps(state: TrainState, total_steps: int) -> TrainState:
 def _intervals(config: RunConfig, total_steps: int) -> dict[str, int]:
     sections = {"eval": config.eval.every, "sample": config.sample.every, "checkpoint": config.checkpoint.every}
     return {name: interval(every, total_steps) for name, every in sections.items()}
-
-
-def _out_of_time(config: RunConfig, started: float) -> bool:
-    return config.train.max_seconds is not None and time.monotonic() - started > config.train.max_seconds
 
 
 def _require_finite(row: dict[str, Any], config: RunConfig) -> None:

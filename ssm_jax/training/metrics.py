@@ -1,15 +1,21 @@
-"""Where numbers go: ``metrics.jsonl`` always, TensorBoard events beside it."""
+"""Where numbers go: ``metrics.jsonl`` always, TensorBoard events beside it, Weights & Biases on request."""
 
+import contextlib
+import hashlib
+import importlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssm_jax import files
+from ssm_jax import distributed, files
+from ssm_jax.errors import ConfigError
+from ssm_jax.training.config import LogConfig
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
+TIMES = ("tokens_per_s", "step_s", "seconds", "data_s", "wait_s", "model_tflops_per_s", "mfu")
 
 
 class Meter:
@@ -22,16 +28,34 @@ class Meter:
     def restart(self) -> None:
         """Leaves out the time since the last row (evaluation, saving)."""
         self._last = time.monotonic()
+        self._parts = {"data_s": 0.0, "wait_s": 0.0}
 
-    def row(self, step: int, metrics: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times are the same in every rerun."""
-        now = time.monotonic()
-        step_s, self._last = now - self._last, now
+    @contextlib.contextmanager
+    def waiting(self, part: str) -> Iterator[None]:
+        """Counts the time inside as waiting for data ("data_s") or for the device ("wait_s")."""
+        started = time.monotonic()
+        yield
+        self._parts[part] += time.monotonic() - started
+
+    def row(
+        self, step: int, metrics: Mapping[str, Any], batch_size: int, flops: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times (``TIMES``) are the same in every rerun.
+
+        ``flops``: the model's operations in a step, and where it is known what the devices can do in a second ("peak").
+        """
+        now, parts = time.monotonic(), self._parts
+        step_s = now - self._last
+        self.restart()
         values = dict(metrics)
         weight = values.pop("weight")
         self.step, self.rows = step, self.rows + batch_size
         self.tokens, self.seconds = self.tokens + weight, self.seconds + step_s
-        times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds}
+        times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds, **parts}
+        if flops:
+            times["model_tflops_per_s"] = flops["step"] / step_s / 1e12
+        if flops and "peak" in flops:
+            times["mfu"] = flops["step"] / step_s / flops["peak"]
         return {"step": step, **values, "tokens": self.tokens, **times}
 
     def counts(self) -> dict[str, Any]:
@@ -39,42 +63,75 @@ class Meter:
         return {"step": self.step, "rows": self.rows, "tokens": self.tokens, "seconds": self.seconds}
 
 
-class MetricsLog:
-    """Appends rows with a ``step`` to ``metrics.jsonl`` and to TensorBoard; use as a context manager.
+def require_trackers(config: LogConfig) -> None:
+    """Raises ConfigError if Weights & Biases is asked for and not installed."""
+    if config.wandb is not None:
+        try:
+            importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                "Config key 'log.wandb' is set and the package 'wandb' is not installed; pip install wandb, or set log.wandb=null."
+            ) from error
 
-    A run that goes on from ``start_step`` first drops what was logged after it.
+
+class MetricsLog:
+    """Appends rows with a ``step`` to ``metrics.jsonl``, to TensorBoard and, if asked for, to Weights & Biases.
+
+    Use as a context manager. A run that goes on from ``start_step`` first drops what was logged after it. Only the main process
+    writes.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: Path, start_step: int, config: LogConfig, run_config: Mapping[str, Any]):
+        self._file: Any = None
+        self._events: Any = None
+        self._wandb: Any = None
+        self._samples = folder / SAMPLES
+        if not distributed.is_main():
+            return
         truncate(folder / METRICS, start_step)
         truncate(folder / SAMPLES, start_step)
-        self._samples = folder / SAMPLES
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard:
+        if config.tensorboard:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(folder / EVENTS), purge_step=start_step + 1 if start_step else None)
+        if config.wandb is not None:
+            wandb = importlib.import_module("wandb")
+            identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(
+                project=config.wandb,
+                name=folder.name,
+                id=identity,
+                resume="allow",
+                dir=str(folder),
+                config=dict(run_config),
+            )
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for target, end in ((self._file, "close"), (self._events, "close"), (self._wandb, "finish")):
+            if target is not None:
+                getattr(target, end)()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row; numbers that are not finite become null."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()
+        named = {key if "/" in key else f"train/{key}": value for key, value in row.items() if key != "step"}
         if self._events is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self._events.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+            for key, value in named.items():
+                self._events.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(named, step=row["step"])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """One row of ``samples.jsonl``."""
+        if self._file is None:
+            return
         with open(self._samples, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
         if self._events is not None:

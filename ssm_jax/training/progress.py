@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ssm_jax import distributed
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -23,7 +25,7 @@ class TrainingProgress:
     """Shows step, loss, tokens per second and time left; use as a context manager."""
 
     def __init__(self, console: Console | None = None):
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, quiet=not distributed.is_main())
         self._total = 0
         self._next_line = 0.0
         self._task: TaskID | None = None
@@ -56,6 +58,7 @@ class TrainingProgress:
     def update(self, row: Mapping[str, Any]) -> None:
         """Shows a row of training metrics."""
         status = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        status += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
         if self._task is not None:
             self._bar.update(self._task, completed=row["step"], status=status)
         now = time.monotonic()

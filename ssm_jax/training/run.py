@@ -17,45 +17,91 @@ from jax.sharding import Mesh
 
 from ssm_jax import distributed, files, sharding
 from ssm_jax.config import dump_yaml, read_yaml, to_dict
-from ssm_jax.data.shards import PackedDataset, open_dataset
-from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from ssm_jax.errors import ConfigError, DataError
+from ssm_jax.data.mixture import Mixture, open_held_out, open_mixture
+from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
+from ssm_jax.errors import ConfigError, DataError, UserError
+from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.training.config import RunConfig
+from ssm_jax.typing import Params, PyTree
 
 CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with. ``config`` is resolved; ``held_out`` is the validation split, if there is one."""
+    """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, if there are any."""
 
     config: RunConfig
     folder: Path
     mesh: Mesh
-    data: PackedDataset
-    held_out: PackedDataset | None
+    data: Mixture
+    held_out: Mixture | None
     tokenizer: Tokenizer
     model: LanguageModel
 
 
 def prepare(config: RunConfig) -> Run:
-    """Opens the data, makes the mesh and builds the model; writes nothing.
+    """Opens the data, makes the mesh and builds the model; writes nothing, loads no weights.
 
     Raises:
         ShardingError, DataError, ConfigError: mesh, data or config cannot be used, or do not fit each other.
     """
-    if distributed.process_count() > 1:
-        raise ConfigError("Training runs in one process only so far; start one process with all devices.")
     mesh = sharding.make_mesh(config.mesh)
-    data = open_dataset(config.data.path)
-    held_out = open_dataset(config.data.path, "validation") if "validation" in data.manifest.splits else None
+    corpora = [(corpus.path, corpus.weight) for corpus in config.data.corpora]
+    data, held_out = open_mixture(corpora), open_held_out(corpora)
+    if config.init_from is not None:
+        config = dataclasses.replace(config, model={**_initial_model(config.init_from, data), **config.model})
     config = resolve(config, data, mesh)
     model = build(config_from_dict(config.model))
     return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model)
 
 
-def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
+def initial_params(run: Run) -> Params | None:
+    """The weights to start from, each leaf placed on the mesh as it is read; None for new ones.
+
+    Raises:
+        LayoutError, CheckpointError: the folder's weights are damaged, or do not fit the run's model.
+    """
+    if run.config.init_from is None:
+        return None
+    fields = {key: value for key, value in run.config.model.items() if key != "family"}
+
+    def place(shapes: PyTree) -> PyTree:
+        return sharding.shardings(shapes, run.mesh)
+
+    try:
+        model, params = from_pretrained(run.config.init_from, shardings=place, **fields)
+    except UserError as error:
+        raise type(error)(f"Config key 'init_from': {error}") from error
+    if model.config != run.model.config:
+        raise ConfigError(
+            f"Config key 'init_from': {run.config.init_from} holds a {type(model.config).__name__} that differs."
+        )
+    return params
+
+
+def _initial_model(path: str, data: Mixture) -> dict[str, Any]:
+    """The model section of a folder of weights, to be trained in float32 parameters."""
+    try:
+        fields = model_of(path)
+    except UserError as error:
+        raise type(error)(f"Config key 'init_from': {error}") from error
+    folder = tokenizer_folder(Path(path))
+    if folder is not None and load_tokenizer(folder).fingerprint != data.tokenizer.get("fingerprint"):
+        raise DataError(
+            f"Data {data.path} was prepared with another tokenizer than that of init_from={path}; prepare it with "
+            f"--tokenizer {folder}."
+        )
+    if fields["vocab_size"] < data.vocab_size:
+        raise ConfigError(
+            f"Config key 'init_from': the model in {path} has {fields['vocab_size']} token ids and the data in {data.path} "
+            f"{data.vocab_size}; prepare the data with the model's tokenizer."
+        )
+    return {**fields, "param_dtype": "float32", "dtype": None}
+
+
+def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
     """The config with every default of the model written out, checked against the data and the mesh.
 
     ``model.vocab_size`` defaults to the tokenizer's; ``model.dtype`` to bfloat16 on accelerators and float32 elsewhere.
@@ -67,7 +113,8 @@ def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
     fields = dict(config.model)
     if "preset" not in fields:
         fields.setdefault("vocab_size", data.vocab_size)
-    fields.setdefault("dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if fields.get("dtype") is None:
+        fields["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = config_from_dict(fields)
     if model.param_dtype != "float32":
         raise ConfigError(
@@ -91,21 +138,27 @@ def resolve(config: RunConfig, data: PackedDataset, mesh: Mesh) -> RunConfig:
             f"Config key 'batch.size' is {config.batch.size}; it does not divide over {over} x "
             f"batch.microbatches={config.batch.microbatches}; choose a multiple of {parts}."
         )
+    if sharding.batch_parts(mesh) % distributed.process_count():
+        raise ConfigError(
+            f"The batch is split over {sharding.batch_parts(mesh)} device(s), for {distributed.process_count()} processes; "
+            "choose mesh.data x mesh.fsdp as a multiple of the processes, which each read their part of the batch."
+        )
     resolved_data = dataclasses.replace(config.data, seq_len=data.seq_len)
     return dataclasses.replace(config, model=config_to_dict(model), data=resolved_data)
 
 
-def identity(config: RunConfig, data: PackedDataset) -> dict[str, Any]:
+def identity(config: RunConfig, data: Mixture) -> dict[str, Any]:
     """What must be the same for a run to go on: model, data (its content, not its path), optimizer, batch, seeds, length."""
     content = to_dict(config)
-    shards = [shard.sha256 for shard in data.split.shards]
-    digest = hashlib.sha256(json.dumps([shards, data.manifest.tokenizer], sort_keys=True).encode()).hexdigest()
+    shards = [shard.sha256 for dataset in data.datasets for shard in dataset.split.shards]
+    digest = hashlib.sha256(json.dumps([shards, data.tokenizer, data.weights], sort_keys=True).encode()).hexdigest()
     return {
         "model": content["model"],
+        "init_from": config.init_from,
         "data": {"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
         "optim": content["optim"],
         "batch": content["batch"],
-        "train": {"steps": config.train.steps, "time_budget_s": config.train.time_budget_s},
+        "train": {name: content["train"][name] for name in ("steps", "epochs", "time_budget_s")},
         "seed": config.seed,
     }
 
@@ -133,6 +186,9 @@ def check_folder(run: Run) -> None:
 
 def describe_in_folder(run: Run) -> None:
     """Makes the run folder, with the resolved config, the identity and the tokenizer."""
+    distributed.barrier("the run folder was checked")
+    if not distributed.is_main():
+        return
     folder, wanted = run.folder, identity(run.config, run.data)
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     files.write_text(folder / IDENTITY, yaml.safe_dump(wanted, sort_keys=False))

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 
-from ssm_jax import optim
+from ssm_jax import distributed, optim
 from ssm_jax.generation import generate
 from ssm_jax.training.metrics import MetricsLog
 from ssm_jax.training.progress import TrainingProgress
@@ -20,9 +20,12 @@ def write_samples(run: Run, state: TrainState, frozen: Params, log: MetricsLog, 
     if not settings.prompts:
         return
     prompts = [np.concatenate([[tokenizer.eos_id], tokenizer.encode(prompt)]) for prompt in settings.prompts]
+    params = distributed.local_copy(optim.merge(state.average, frozen), run.mesh)
+    if not distributed.is_main():
+        return
     new_tokens = generate(
         run.model,
-        optim.merge(state.params, frozen),
+        params,
         prompts,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -6,6 +6,7 @@ from pathlib import Path
 from ssm_jax import checkpoint
 from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN
 from ssm_jax.checkpoint.store import write_folder
+from ssm_jax.errors import CheckpointError
 from ssm_jax.training.metrics import Meter
 from ssm_jax.training.run import Run
 from ssm_jax.training.state import TrainState
@@ -22,8 +23,10 @@ def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
         "model": config.model,
         "freeze": list(config.optim.freeze),
         "train": list(config.optim.train),
+        "ema": config.optim.ema,
     }
-    return checkpoint.save(root, meter.step, _items(state), info, config.checkpoint.keep)
+    keep = config.checkpoint
+    return checkpoint.save(root, meter.step, _items(state), info, keep.keep, keep.keep_every)
 
 
 def restore(
@@ -41,12 +44,18 @@ def restore(
     if newest is None:
         return None
     items, info = checkpoint.restore(newest, _items(abstract_state))
+    if "rows" not in info["counts"]:
+        raise CheckpointError(
+            f"Checkpoint {newest} does not say how much data was read; it was saved by another version."
+        )
     frozen: Params = {}
     if abstract_frozen:
         frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
-    return TrainState(params=items["params"], **items["train"]), frozen, Meter(**info["counts"])
+    state = TrainState(params=items["params"], ema=items.get("ema"), **items["train"])
+    return state, frozen, Meter(**info["counts"])
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {"params": fields.pop("params"), "train": fields}
+    items = {"params": fields.pop("params"), "ema": fields.pop("ema"), "train": fields}
+    return {name: item for name, item in items.items() if item is not None}

@@ -19,9 +19,9 @@ from ssm_jax.typing import Key, Params
 class TrainState:
     """Everything that an update changes, and so everything that a checkpoint must hold. Leaves may be arrays or shapes.
 
-    params: the trained leaves. opt_state: their moments. step: updates done, int32. total_steps: where the schedule ends, int32;
-    traced, so that a run whose length is measured compiles once. key: what dropout folds the step into. carry: recurrent state
-    carried across batches, None where rows start fresh.
+    params: the trained leaves. opt_state: their moments. ema: their moving average, None where there is none. step: updates done,
+    int32. total_steps: where the schedule ends, int32; traced, so that a run whose length is measured compiles once. key: what
+    dropout folds the step into. carry: recurrent state carried across batches, None where rows start fresh.
     """
 
     params: Any
@@ -29,18 +29,31 @@ class TrainState:
     step: Any
     total_steps: Any
     key: Any
+    ema: Any = None
     carry: Any = None
+
+    @property
+    def average(self) -> Params:
+        """What evaluation and export use: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def create(
-    key: Key, total_steps: Int[Array, ""], *, model: LanguageModel, config: optim.OptimConfig
+    key: Key,
+    total_steps: Int[Array, ""],
+    params: Params | None = None,
+    *,
+    model: LanguageModel,
+    config: optim.OptimConfig,
 ) -> tuple[TrainState, Params]:
-    """(state, frozen) before the first update. Pure: the same key gives the same values on every mesh."""
+    """(state, frozen) before the first update, from ``params`` or new ones. Pure: a key gives the same values on every mesh."""
     init_key, train_key = jax.random.split(key)
-    params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    if params is None:
+        params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
     trainable, frozen = optim.split(params, config.freeze, config.train)
     opt_state = optim.make_optimizer(config).init(trainable)
-    return TrainState(trainable, opt_state, jnp.int32(0), jnp.int32(total_steps), train_key), frozen
+    ema = None if config.ema is None else trainable
+    return TrainState(trainable, opt_state, jnp.int32(0), jnp.int32(total_steps), train_key, ema), frozen
 
 
 def abstract(model: LanguageModel, config: optim.OptimConfig, mesh: Mesh) -> tuple[TrainState, Params]:
@@ -64,14 +77,20 @@ def _logical_axes(state: TrainState) -> TrainState:
         step=(),
         total_steps=(),
         key=(),
+        ema=None if state.ema is None else sharding.logical_axes(state.ema),
         carry=None if state.carry is None else state_lib.logical_axes(state.carry),
     )
 
 
 def initialize(
-    model: LanguageModel, config: optim.OptimConfig, mesh: Mesh, seed: int, total_steps: int
+    model: LanguageModel,
+    config: optim.OptimConfig,
+    mesh: Mesh,
+    seed: int,
+    total_steps: int,
+    params: Params | None = None,
 ) -> tuple[TrainState, Params]:
-    """(state, frozen) on the mesh: every device makes its own part."""
+    """(state, frozen) on the mesh: every device makes its own part. Starts from ``params`` where they are given."""
     build = functools.partial(create, model=model, config=config)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract(model, config, mesh))
-    return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps))
+    return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps), params)

@@ -44,6 +44,7 @@ def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int
         lr = optim.learning_rate(config, state.step, state.total_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=lr)
         params = optax.apply_updates(state.params, updates)
+        ema = state.ema if config.ema is None else optim.average(state.ema, params, config.ema, state.step)
         metrics = {
             "loss": loss * scale,
             "lr": lr,
@@ -53,7 +54,7 @@ def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
         }
-        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     return step
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from ssm_jax import files
+from ssm_jax import distributed, files
+from ssm_jax.models.registry import family_of
 from ssm_jax.training.metrics import Meter
 from ssm_jax.training.run import Run
 from ssm_jax.training.state import TrainState
@@ -66,8 +67,40 @@ def write(
         },
         "jax": jax.__version__,
     }
+    flops = flops_per_step(run)
+    if meter.seconds:
+        content["model_tflops_per_s"] = flops["step"] * meter.step / meter.seconds / 1e12
+        content |= {"mfu": content["model_tflops_per_s"] * 1e12 / flops["peak"]} if "peak" in flops else {}
+    if not distributed.is_main():
+        return content
     files.write_text(run.folder / SUMMARY, json.dumps(content, indent=2) + "\n")
     return content
+
+
+PEAK_FLOPS = {
+    "h100": 989e12,
+    "h200": 989e12,
+    "a100": 312e12,
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5p": 459e12,
+    "tpu v5": 459e12,
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+}
+"""Dense bfloat16 operations per second of a device whose kind contains the name, from the makers' data sheets."""
+
+
+def flops_per_step(run: Run) -> dict[str, float]:
+    """``step``: the model's operations in an update, forward and backward (three forward passes; recomputation is not counted).
+    ``peak``: what all devices can do in a second in bfloat16, where it is known: their ratio over time is the MFU."""
+    tokens = run.config.batch.size * run.data.seq_len
+    per_token = family_of(run.model.config).flops_per_token(run.model.config, run.data.seq_len)
+    result = {"step": 3.0 * tokens * per_token}
+    kind = run.mesh.devices.flat[0].device_kind.lower()
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in kind), None)
+    return result if peak is None else {**result, "peak": peak * run.mesh.size}
 
 
 def read(folder: Path) -> dict[str, Any]:

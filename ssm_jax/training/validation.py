@@ -1,12 +1,14 @@
 """Loss on held-out rows while training."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from ssm_jax import distributed, optim, sharding
+from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.training.losses import next_token_loss
@@ -17,7 +19,7 @@ Scores = dict[str, float]
 
 
 def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
-    """``evaluate(trainable, frozen)`` over the first ``eval.batches`` microbatches of the validation split, in stored order.
+    """``evaluate(trainable, frozen)`` over the first ``eval.batches`` microbatches of each validation split, in stored order.
 
     None if there is no validation split.
     """
@@ -25,13 +27,15 @@ def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
     if data is None:
         return None
 
-    @jax.jit
+    replicated = sharding.replicated(run.mesh)
+
+    @functools.partial(jax.jit, out_shardings=(replicated, replicated))
     def sums(trainable: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return next_token_loss(run.model, optim.merge(trainable, frozen), batch)
 
-    def evaluate(trainable: Params, frozen: Params) -> Scores:
+    def of_dataset(trainable: Params, frozen: Params, dataset: PackedDataset) -> tuple[float, float]:
         rows = evaluation_batches(
-            data,
+            dataset,
             batch_size=config.batch.size // config.batch.microbatches,
             process_index=distributed.process_index(),
             process_count=distributed.process_count(),
@@ -41,19 +45,27 @@ def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
             for row in itertools.islice(rows, config.eval.batches)
         ]
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*parts, strict=True))
-        return scores(loss_sum, weight, data)
+        return loss_sum, weight
+
+    def evaluate(trainable: Params, frozen: Params) -> Scores:
+        each = [(dataset, *of_dataset(trainable, frozen, dataset)) for dataset in data.datasets]
+        found = scores([loss_sum for _, loss_sum, _ in each], [weight for *_, weight in each], data)
+        if len(each) > 1:
+            found |= {f"eval/{dataset.path.name}/loss": loss_sum / weight for dataset, loss_sum, weight in each}
+        return found
 
     return evaluate
 
 
-def scores(loss_sum: float, weight: float, data: PackedDataset) -> Scores:
-    """Mean loss per target in nats, perplexity, and bits per byte of text.
+def scores(loss_sums: Sequence[float], weights: Sequence[float], data: Mixture) -> Scores:
+    """Mean loss per target in nats, perplexity, and bits per byte of text, over all corpora.
 
-    Every target counts, end marks included: bits per byte = loss / ln 2 * targets of the split / bytes of its text.
+    Every target counts, end marks included: bits per byte = loss / ln 2 * targets of the splits / bytes of their text.
     """
-    loss = loss_sum / weight
+    loss = math.fsum(loss_sums) / math.fsum(weights)
+    targets, text_bytes = (sum(getattr(d.split, name) for d in data.datasets) for name in ("targets", "text_bytes"))
     return {
         "eval/loss": loss,
         "eval/perplexity": math.exp(min(loss, 700.0)),
-        "eval/bits_per_byte": loss / math.log(2) * data.split.targets / data.split.text_bytes,
+        "eval/bits_per_byte": loss / math.log(2) * targets / text_bytes,
     }

@@ -1,16 +1,19 @@
 import dataclasses
 import fcntl
 import json
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ssm_jax.config import main
+from ssm_jax.data import prepare as prepare_module
 from ssm_jax.data import spool
 from ssm_jax.data.pipeline import PackedRows
 from ssm_jax.data.prepare import Settings, prepare
@@ -242,7 +245,8 @@ def test_script_fails_with_status_2(arguments: list[str], tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_workers_change_nothing(corpus: Path, prepared: Path, tmp_path: Path):
+def test_workers_change_nothing(corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 1000)
     settings = Settings(seq_len=16, validation_percent=20.0, rows_per_shard=100)
     prepare(find_sources([corpus]), tmp_path / "out", ByteTokenizer(), settings, workers=3)
     assert contents(tmp_path / "out").keys() == contents(prepared).keys()
@@ -251,7 +255,8 @@ def test_workers_change_nothing(corpus: Path, prepared: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_bad_file_in_a_worker_is_named(corpus: Path, tmp_path: Path):
+def test_a_bad_file_in_a_worker_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 1000)
     (tmp_path / "bad.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match=r"bad\.txt, looks binary"):
         prepare(find_sources([corpus, tmp_path / "bad.txt"]), tmp_path / "out", ByteTokenizer(), workers=2)
@@ -296,6 +301,43 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path: Path, monkeypat
         run([*arguments, "--out", str(tmp_path / "straight"), "--overwrite"])
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_more_parts_than_files_may_be_open(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 1)
+    settings = Settings(seq_len=16, validation_percent=20.0, rows_per_shard=100)
+    files = list(find_sources([corpus])) * 4
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 90, limits[1]))
+    try:
+        _, dropped = prepare(files, tmp_path / "out", ByteTokenizer(), settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert dropped.duplicates == 3 * len(files) // 4
+    assert open_dataset(tmp_path / "out").split == open_dataset(prepared).split
+
+
+def test_workers_end_with_their_parent_and_leave_nothing_in_the_way(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name}{i} " * 300}) + "\n" for i in range(12_000))
+        )
+    inputs = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    command = [sys.executable, "-m", "train.prepare_data", *inputs, "--workers", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    at_work = tmp_path / ".out.partial/spool"
+    while process.poll() is None and not list(at_work.glob("*.tmp")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()  # returns when the workers, who share the pipe, are gone too
+    assert process.returncode == -signal.SIGKILL
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == 0
+    again = [*command[:-1], str(tmp_path / "straight")]
+    assert subprocess.run(again, cwd=REPOSITORY, capture_output=True).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 def test_two_preparations_of_one_folder(corpus: Path, tmp_path: Path):

@@ -69,6 +69,9 @@ def test_parquet_rows(tmp_path: Path):
     assert documents[0] == (f"{tmp_path.name}/a.parquet:1", "row 0")
     assert [content for _, content in documents] == [text for text in texts if text]
     assert dropped == Dropped(empty=1)
+    bad = pyarrow.array([b"ok", b"\xff\xfe", b"last"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    assert [content for _, content in read(tmp_path, skip_bad=True)[0]] == ["ok", "last"]
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet, row 2, has no text in field 'text'"):
         read(tmp_path)
@@ -135,6 +138,7 @@ BAD = {
     "cut.txt.gz": (gzip.compress(b"hello world" * 100)[:-12], r"cut\.txt\.gz cannot be read .*end-of-stream"),
     "plain.txt.gz": (b"no gzip", r"plain\.txt\.gz cannot be read \(Not a gzipped file"),
     "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"field\.jsonl, line 2, has no text .*keys: body, id"),
+    "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1, is not JSON"),
     "number.jsonl": (b'{"text": 3}\n', r"number\.jsonl, line 1, has no text in field 'text'"),
     "list.jsonl": (b'["text"]\n', r"list\.jsonl, line 1, .*it is no object"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "b', r"half\.jsonl, line 2, is not JSON"),

@@ -163,6 +163,8 @@ def test_sentencepiece_is_the_package_itself(sentencepiece_file: Path, tmp_path:
     other = load_tokenizer(sentencepiece_file, eos_token="<s>")
     assert other.eos_id == reference.bos_id()
     assert other.fingerprint != tokenizer.fingerprint
+    with pytest.raises(DataError, match=r"is no control token, so text could spell it"):
+        load_tokenizer(sentencepiece_file, eos_token="e")
     with pytest.raises(DataError, match=r"has no token '<eot>'.*--eos-token"):
         load_tokenizer(sentencepiece_file, eos_token="<eot>")
 

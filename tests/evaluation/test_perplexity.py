@@ -110,13 +110,13 @@ def test_endless_context_sees_whole_documents(family: str, count: int, window: i
     assert scores["loss"] == pytest.approx(expected.mean(), rel=1e-5)
 
 
-def test_losses_by_position_are_those_of_the_definition() -> None:
+def test_losses_by_context_are_those_of_the_definition() -> None:
     model, params = tiny("mamba")
     found = _documents((70, 2, 33, 1, 16, 50))
     losses = [_definition(model, params, document) for document in found]
     scores = evaluate(model, params, documents.endless(documents.lanes(found, 2), 16), carry=True)
-    assert [part["below"] for part in scores["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128]
-    for part in scores["by_position"]:
+    assert [part["below"] for part in scores["by_context"]] == [1, 2, 4, 8, 16, 32, 64, 128]
+    for part in scores["by_context"]:
         inside = np.concatenate([loss[part["below"] // 2 : part["below"]] for loss in losses])
         assert part["tokens"] == len(inside)
         assert part["loss"] == pytest.approx(inside.mean(), rel=1e-5)

@@ -8,6 +8,7 @@ import pytest
 
 import ssm_jax
 from ssm_jax.models import LanguageModel
+from ssm_jax.models.inputs import check_inputs
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,6 @@ def variables(model: LanguageModel) -> Any:
         ([[0, -1]], [[0, -1]], "Token -1 is outside"),
         ([[0, 1, 2]], [[0, -1, 1]], r"row 0 has a present token after an absent one .* every pad position 0"),
         ([[0, 1], [2, 3]], [[0, 1], [-1, 0]], "row 1 has a present token"),
-        ([[0, 1]], [[0, 1, 2]], "positions have the shape .1, 3. and tokens .1, 2."),
     ],
 )
 def test_unreadable_values_are_refused(
@@ -35,6 +35,32 @@ def test_unreadable_values_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.apply(variables, jnp.asarray(tokens), positions=None if positions is None else jnp.asarray(positions))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "message"),
+    [
+        (jnp.zeros(3, jnp.int32), None, r"tokens must be integers of shape \[batch, length\], not int32\[3\]"),
+        (jnp.zeros((1, 3)), None, r"not float32\[1, 3\]"),
+        (
+            jnp.zeros((1, 2), jnp.int32),
+            jnp.zeros((1, 3), jnp.int32),
+            "positions have the shape .1, 3. and tokens .1, 2.",
+        ),
+    ],
+)
+def test_wrong_shapes_are_refused(tokens: jax.Array, positions: jax.Array | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_inputs(tokens, positions, 11)
+
+
+@pytest.mark.parametrize("token", [-1, -5, 11, 15, 99])
+def test_a_token_outside_the_vocabulary_is_not_a_number_inside_jit(
+    model: LanguageModel, variables: Any, token: int
+) -> None:
+    logits, _ = jax.jit(model.apply)(variables, jnp.asarray([[3, token, 4]]))
+    assert bool(jnp.isfinite(logits[:, 0]).all())
+    assert bool(jnp.isnan(logits[:, 1:]).all())
 
 
 @pytest.mark.parametrize("lanes", [[2], [0, -3]])

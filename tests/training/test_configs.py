@@ -46,7 +46,7 @@ def test_fields_of_the_run_win_over_the_base(tmp_path: Path) -> None:
         "train.steps=1",
         "train.time_budget_s=null",
     ]
-    assert load_run_config(RUNS[0], changes).model == {"family": "mamba", "d_model": 64, "n_layers": 4}
+    assert load_run_config(RUNS[0], changes).model == {"family": "mamba", "d_model": 64, "n_layers": 4, "d_state": 8}
     with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
         load_run_config(RUNS[0], ["model.base=nowhere.yaml"])
     with pytest.raises(ConfigError, match=r"'model\.base' is 3"):

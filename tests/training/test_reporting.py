@@ -6,9 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ssm_jax.training.config import LogConfig
 from ssm_jax.training.metrics import Meter, MetricsLog, truncate
 from ssm_jax.training.progress import TrainingProgress
 
+QUIET = LogConfig(tensorboard=False)
 ROW = {"step": 3, "loss": 1.25, "tokens_per_s": 12345.6, "lr": 1e-3, "step_s": 90.0}
 
 
@@ -38,7 +40,7 @@ def test_a_bar_in_a_terminal() -> None:
 
 
 def test_metrics_log_writes_strict_json_and_goes_on(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, 0, QUIET, {}) as log:
         for step in (1, 2, 3):
             log.write({"step": step, "loss": float("nan") if step == 1 else 0.1 * step})
             log.sample(step, "é", "\u2028 text")
@@ -46,7 +48,7 @@ def test_metrics_log_writes_strict_json_and_goes_on(tmp_path: Path) -> None:
         file.write('{"step": 1, "lo')
     with open(tmp_path / "samples.jsonl", "ab") as file:
         file.write('{"step": 1, "text": "é'.encode()[:-1])
-    with MetricsLog(tmp_path, start_step=2, tensorboard=False) as log:
+    with MetricsLog(tmp_path, 2, QUIET, {}) as log:
         log.write({"step": 3, "loss": 7.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 7.0}]
