@@ -31,7 +31,7 @@ $(VENV)/.run: $(VENV)/.python pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,torch]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,torch,harness]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.run pyproject.toml

@@ -2,6 +2,7 @@
 
     python -m train.evaluate runs/stdlib
     python -m train.evaluate exported/stdlib --data data/stdlib --json scores.json
+    python -m train.evaluate runs/wiki --task lambada --file lambada_test.jsonl.gz
 
 MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json. DATA
 is prepared data (train.prepare_data), by default what the run was trained on.
@@ -34,6 +35,9 @@ def run(argv: Sequence[str]) -> None:
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
     from train.source import load
 
+    if args.task is not None:
+        _run_task(args)
+        return
     folder = Path(args.model)
     data = args.data or _training_data(folder)
     dataset = open_dataset(data, args.split)
@@ -64,6 +68,33 @@ def run(argv: Sequence[str]) -> None:
     for target in targets:
         files.write_text(target, text)
     print(table(result))
+    for target in targets:
+        print(f"written to {target}")
+
+
+def _run_task(args: argparse.Namespace) -> None:
+    from ssm_jax import files
+    from ssm_jax.evaluation.lambada import lambada, read_passages
+    from train.source import load
+
+    if args.file is None:
+        raise DataError(f"Option --task {args.task} needs --file, a .jsonl(.gz) file of passages.")
+    passages = read_passages(args.file, args.text_field)
+    model, params, tokenizer = load(args.model, args.dtype)
+    result = lambada(model, params, tokenizer, passages, args.batch_size, not args.no_start_mark)
+    targets = [Path(args.json)] if args.json else []
+    targets += [Path(args.model) / f"{args.task}.json"] if (Path(args.model) / "config.yaml").is_file() else []
+    for target in targets:
+        files.write_text(target, json.dumps({"task": args.task, "file": str(args.file), **result}, indent=2) + "\n")
+    print(f"{result['passages']:,} passages; 95 % intervals in brackets")
+    print(
+        "accuracy of the last word    {:.4f}  [{:.4f}, {:.4f}]".format(result["accuracy"], *result["accuracy_interval"])
+    )
+    print(
+        "perplexity of the last word  {:.2f}  [{:.2f}, {:.2f}]".format(
+            result["perplexity"], *result["perplexity_interval"]
+        )
+    )
     for target in targets:
         print(f"written to {target}")
 
@@ -124,6 +155,19 @@ def _parser() -> argparse.ArgumentParser:
         help="score sliding windows instead of endless context: start one every N tokens",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="type to compute in (default: the model's)")
+    add("--task", choices=("lambada",), help="score a task instead: lambada, the last word of passages")
+    add("--file", metavar="FILE", help="with --task: its .jsonl(.gz) file, one passage per line")
+    add(
+        "--text-field",
+        default="text",
+        metavar="KEY",
+        help="with --task: field of a line that holds the passage (default text)",
+    )
+    add(
+        "--no-start-mark",
+        action="store_true",
+        help="with --task: do not put the end-of-text mark first (published weights)",
+    )
     add("--json", metavar="FILE", help="write the scores there too")
     add("--no-baseline", action="store_true", help=f"leave out the order-{ORDER} byte model")
     return parser

@@ -75,6 +75,10 @@ def write_folder(folder: Path, items: Mapping[str, PyTree], info: Mapping[str, A
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items)) if hasattr(leaf, "nbytes"))
+        free = shutil.disk_usage(partial).free
+        if free < needed:  # found out here, it costs one sentence and not a thousand lines of Orbax's threads
+            raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
     def write_arrays() -> None:
         ocp.save_checkpointables((partial / _ARRAYS).absolute(), dict(items))

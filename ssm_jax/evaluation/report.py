@@ -67,6 +67,7 @@ def render(run: RunFiles) -> str:
     sections: dict[str, Callable[[RunFiles], str]] = {
         "Loss": _loss,
         "Held-out text": _scores,
+        "Loss by context": _by_context,
         "What it writes": _samples,
         "Speed and optimisation": _curves,
         "Memory": _memory,
@@ -74,12 +75,16 @@ def render(run: RunFiles) -> str:
         "Configuration": _config,
     }
     bodies = {title: section(run) for title, section in sections.items()}
-    content = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in bodies.items() if body)
-    title = escape(run.folder.resolve().name)
+    return page(run.folder.resolve().name, _lead(run) + _tiles(run), bodies, _footer(run))
+
+
+def page(title: str, lead: str, sections: Mapping[str, str], footer: str = "") -> str:
+    """A whole page: the title as text, everything else as markup; empty sections are left out."""
+    content = "".join(f"<section><h2>{escape(name)}</h2>{body}</section>" for name, body in sections.items() if body)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head><body><main>'
-        f"<h1>{title}</h1>{_lead(run)}{_tiles(run)}{content}{_footer(run)}</main></body></html>\n"
+        f"<h1>{escape(title)}</h1>{lead}{content}{footer}</main></body></html>\n"
     )
 
 
@@ -167,6 +172,18 @@ def _scores(run: RunFiles) -> str:
     note = f"Split {scores.get('split', '?')}, at step {scores.get('step', '?')}: {amount}."
     table = f'<table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table>'
     return f'<div class="wide">{table}</div><p class="note">{escape(note)}</p>'
+
+
+def _by_context(run: RunFiles) -> str:
+    parts = run.scores.get("model", {}).get("by_context", [])
+    rows = []
+    for part in parts:
+        low, high = part["below"] // 2, part["below"] - 1
+        bits = part["loss"] / math.log(2)
+        rows.append((f"{low:,} to {high:,} tokens" if high > low else f"{low:,} tokens", bits, f"{bits:.3f}"))
+    if not rows:
+        return ""
+    return bars(rows) + '<p class="note">Bits per token of held-out text, by the number of tokens read before.</p>'
 
 
 def _samples(run: RunFiles) -> str:

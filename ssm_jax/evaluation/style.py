@@ -2,9 +2,9 @@
 
 CSS = """
 :root{color-scheme:light dark;--paper:#fcfcfa;--card:#fff;--ink:#1d2430;--soft:#5d6675;--faint:#e5e5e0;--a:#2f5fd0;--b:#c8551b;
---c:#2a8a5f;--code:#f4f4f0}
+--c:#2a8a5f;--d:#8a3fb0;--e:#a07a10;--f:#c02d5a;--code:#f4f4f0}
 @media (prefers-color-scheme:dark){:root{--paper:#14171c;--card:#1b1f26;--ink:#e4e7ec;--soft:#98a1b0;--faint:#2e343e;--a:#7da2ff;
---b:#f0935b;--c:#5fcf9c;--code:#20252d}}
+--b:#f0935b;--c:#5fcf9c;--d:#c48ae8;--e:#e0c04a;--f:#f27a9e;--code:#20252d}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 Inter,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1060px;margin:0 auto;padding:48px 24px 72px}
@@ -29,7 +29,7 @@ figcaption{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:baseline;margin-
 figcaption .key{font-size:13px}
 .key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;
 background:var(--tone)}
-.a{--tone:var(--a)}.b{--tone:var(--b)}.c{--tone:var(--c)}
+.a{--tone:var(--a)}.b{--tone:var(--b)}.c{--tone:var(--c)}.d{--tone:var(--d)}.e{--tone:var(--e)}.f{--tone:var(--f)}
 figure>svg{display:block;width:100%;height:auto}
 svg text{font:12px Inter,system-ui,sans-serif;fill:var(--soft);font-variant-numeric:tabular-nums}
 .grid{stroke:var(--faint)}.axis{stroke:var(--soft);stroke-opacity:.6}

@@ -21,6 +21,7 @@ from ssm_jax.data.mixture import Mixture, open_held_out, open_mixture
 from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
 from ssm_jax.errors import ConfigError, DataError, UserError
 from ssm_jax.interop import from_pretrained, model_of
+from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.training.config import RunConfig
 from ssm_jax.typing import Params, PyTree
@@ -54,6 +55,8 @@ def prepare(config: RunConfig) -> Run:
         config = dataclasses.replace(config, model={**_initial_model(config.init_from, data), **config.model})
     config = resolve(config, data, mesh)
     model = build(config_from_dict(config.model))
+    if config.init_from is not None:
+        _require_same_shapes(model, config.init_from)
     return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model)
 
 
@@ -79,6 +82,22 @@ def initial_params(run: Run) -> Params | None:
             f"Config key 'init_from': {run.config.init_from} holds a {type(model.config).__name__} that differs."
         )
     return params
+
+
+def _require_same_shapes(model: LanguageModel, path: str) -> None:
+    ours, theirs = (
+        {
+            sharding.path_name(place): leaf.shape
+            for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(each))
+        }
+        for each in (model, build(config_from_dict(model_of(path))))
+    )
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"Config key 'init_from': parameter {name} is {theirs.get(name, 'absent')} in {path} and "
+                f"{ours.get(name, 'absent')} in this run's model; drop the keys in section 'model' that change its shape."
+            )
 
 
 def _initial_model(path: str, data: Mixture) -> dict[str, Any]:

@@ -186,3 +186,14 @@ def test_a_failed_save_leaves_the_former_checkpoints(tmp_path: Path, monkeypatch
         checkpoint.save(tmp_path, 2, items(), {}, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001"]
     assert_same(checkpoint.restore(tmp_path / "00000001", abstract(items()))[0], items())
+
+
+def test_a_disk_without_room_is_found_out_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    with pytest.raises(
+        CheckpointError, match=r"00000001 could not be written \([\d,]+ bytes are needed and 100 are free\); earlier"
+    ):
+        checkpoint.save(tmp_path, 1, {"params": {"w": jnp.zeros(1000)}}, {})
+    assert list(tmp_path.iterdir()) == []

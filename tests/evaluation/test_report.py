@@ -192,6 +192,43 @@ def test_a_folder_that_is_no_run_is_refused(spoil: Callable[[Path], Any], messag
     assert not (folder / "report.html").exists()
 
 
+def _other_run(folder: Path, name: str, shift: float, **config: Any) -> Path:
+    run = folder / name
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"output": name, "optim": {"lr": 0.1}, "seed": 0, **config}))
+    rows = [{"step": i, "loss": 2.0 + shift + 1 / i, "tokens_per_s": 100.0 + i} for i in range(1, 9)]
+    rows.append({"step": 8, "eval/loss": 2.5 + shift, "eval/bits_per_byte": 3.0 + shift})
+    (run / "metrics.jsonl").write_text(_json_lines(*rows))
+    (run / "summary.json").write_text(json.dumps({"parameters": 1000, "tokens_per_s": 200.0}))
+    return run
+
+
+def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [_other_run(tmp_path, name, shift, seed=i) for i, (name, shift) in enumerate([("base", 0.0), ("<b>", 0.25)])]
+    out = tmp_path / "page.html"
+    script.run([str(runs[1]), "--baseline", str(runs[0]), "--out", str(out)])
+    assert "written to" in capsys.readouterr().out
+    shown = _Page(out.read_text())
+    text = " ".join(" ".join(shown.text).split())
+    assert "Training loss less that of base" in text
+    assert "3.2500 (+8.3%)" in text
+    assert "seed 0 1" in text, "what differs"
+    assert "optim.lr" not in text, "what does not"
+    assert "script" not in shown.tags
+    script.run([str(run) for run in runs] + ["--out", str(out)])
+    assert "less that of" not in out.read_text()
+    with pytest.raises(UserError, match="named twice"):
+        script.run([str(runs[0]), "--baseline", str(runs[0]), "--out", str(out)])
+
+
+def test_losses_by_context_have_bars(tmp_path: Path) -> None:
+    run = _other_run(tmp_path, "run", 0.0)
+    parts = [{"below": 1, "loss": 2.0, "tokens": 3.0}, {"below": 2048, "loss": 1.0, "tokens": 5.0}]
+    (run / "eval.json").write_text(json.dumps({"model": {"bits_per_byte": 2.0, "by_context": parts}}))
+    text = " ".join(_Page(write_report(run).read_text()).text)
+    assert f"1,024 to 2,047 tokens {1 / math.log(2):.3f}" in " ".join(text.split())
+
+
 def test_the_script_names_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.5}\n', encoding="utf-8")
     script.run([str(tmp_path)])

@@ -82,6 +82,6 @@ def run(overrides: Overrides, tmp_path: Path) -> Run:
     """Trains in ``run`` below the test's folder, with changes of the settings above."""
 
     def start(**changes: Any) -> dict[str, Any]:
-        return train(load_run_config(None, overrides(tmp_path / "run", **changes)))
+        return train(load_run_config(None, overrides(changes.pop("output", tmp_path / "run"), **changes)))
 
     return start

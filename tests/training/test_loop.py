@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import ssm_jax
 from ssm_jax import checkpoint, config, optim, sharding
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import open_dataset
-from ssm_jax.data.tokenizers import load_tokenizer
+from ssm_jax.data.tokenizers import SubwordTokenizer, load_tokenizer
 from ssm_jax.errors import UserError
 from ssm_jax.training import load_run_config, loop, saving, train
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.metrics import TIMES
 from ssm_jax.training.progress import TrainingProgress
-from tests.training.conftest import Overrides, Run
+from tests.training.conftest import Overrides, Run, prepare_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -311,3 +314,180 @@ def test_frozen_parameters_stay_and_come_back(run: Run, tmp_path: Path, monkeypa
     )[1]  # fmt: skip
     np.testing.assert_allclose(params["embed"]["embedding"], first["embed"]["embedding"], rtol=1e-6)
     assert summary["parameters"] - summary["trainable_parameters"] == params["embed"]["embedding"].size
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    params = checkpoint.load_model(folder)[1]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_fine_tuning_from_a_folder_of_weights(run: Run, straight: Path, tmp_path: Path) -> None:
+    model, params = ssm_jax.from_pretrained(straight)
+    tokenizer = load_tokenizer(straight / "tokenizer")
+    for layout in ("transformers", "mamba_ssm", "ssm_jax"):
+        ssm_jax.save_pretrained(model, params, tmp_path / layout, layout=layout, tokenizer=tokenizer)
+    fields = {"model__family": None, "model__d_model": None, "model__n_layers": None, "optim__warmup_steps": 0}
+    for source in (straight, *(tmp_path / name for name in ("transformers", "mamba_ssm", "ssm_jax"))):
+        folder = tmp_path / f"from_{source.name}"
+        ended = run(**fields, output=folder, init_from=source, train__steps=1, optim__freeze="[embed, mixer]")
+        assert ended["trainable_parameters"] == 8 + 8
+        before, after = arrays(straight), arrays(folder)
+        for name in before:
+            assert np.array_equal(before[name], after[name]) == ("norm" not in name), (source, name)
+    assert run(**fields, output=folder, init_from=source, train__steps=1, optim__freeze="[embed, mixer]")["finished"]
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_compiles(
+    run: Run, straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("compiled"))
+    fields = {"model__family": None, "model__n_layers": None}
+    with pytest.raises(
+        UserError, match=r"Config key 'init_from': parameter .* is \(264, 8\) in .* and \(264, 16\) in this run's model"
+    ):
+        run(**fields, model__d_model=16, init_from=straight)
+    with pytest.raises(UserError, match=r"Config key 'init_from': .*nowhere"):
+        run(**fields, model__d_model=None, init_from=tmp_path / "nowhere")
+    small, params = ssm_jax.from_pretrained(straight)
+    ssm_jax.save_pretrained(small, params, tmp_path / "other", tokenizer=subword_tokenizer())
+    with pytest.raises(UserError, match=r"prepared with another tokenizer than that of init_from="):
+        run(**fields, model__d_model=None, init_from=tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
+def subword_tokenizer() -> SubwordTokenizer:
+    names = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="a"))
+    model.add_special_tokens(["<|endoftext|>"])
+    return SubwordTokenizer(model.to_str(), 0)
+
+
+def test_a_mixture_reads_its_corpora_by_weight_and_resumes(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    other = prepare_bytes(tmp_path / "b")
+    corpora = f"[{{path: {data}, weight: 3}}, {{path: {other}, weight: 1}}]"
+    mixed = {"data__path": None, "data__mixture": corpora, "output": tmp_path / "mixed"}
+    assert run(**mixed)["finished"]
+    evaluations = [row for row in rows(tmp_path / "mixed") if "eval/loss" in row]
+    assert {f"eval/{path.name}/loss" for path in (data, other)} <= set(evaluations[-1])
+    stop_at(3, monkeypatch)
+    run(**{**mixed, "output": tmp_path / "stopped"})
+    monkeypatch.undo()
+    run(**{**mixed, "output": tmp_path / "stopped"})
+    assert_same_run(tmp_path / "mixed", tmp_path / "stopped")
+    with pytest.raises(UserError, match=r"data\.content is .* there"):
+        run(**{**mixed, "data__mixture": corpora.replace("3", "2")})
+
+
+def test_a_moving_average_is_kept_evaluated_and_exported(run: Run, straight: Path, tmp_path: Path) -> None:
+    """The same updates as without it; what is exported is the average of the parameters after each of them."""
+    every = {"checkpoint__every": 1, "checkpoint__keep": "null"}
+    run(**every, output=tmp_path / "plain")
+    run(**every, output=tmp_path / "averaged", optim__ema=0.5)
+    plain = [arrays(tmp_path / f"plain/checkpoints/{step:08d}") for step in range(1, 7)]
+    for name in plain[0]:
+        state = state_lib.initialize(*_model_and_optimizer(tmp_path / "plain"), 0, 6)[0]
+        average = dict(zip(optim.partition.paths(state.params), jax.tree.leaves(state.params), strict=True))[name]
+        for step, params in enumerate(plain):
+            d = min(0.5, (1 + step) / (10 + step))
+            average = d * average + (1 - d) * params[name]
+        np.testing.assert_allclose(arrays(tmp_path / "averaged")[name], average, rtol=1e-5, atol=1e-7)
+    losses = {name: [row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("plain", "averaged")}
+    assert losses["plain"] == losses["averaged"]
+    scores = [next(row for row in rows(tmp_path / name) if "eval/loss" in row) for name in ("plain", "averaged")]
+    assert scores[0]["eval/loss"] != scores[1]["eval/loss"]
+
+
+def _model_and_optimizer(folder: Path) -> tuple[Any, ...]:
+    run = run_lib.prepare(load_run_config(folder / "config.yaml", []))
+    return run.model, run.config.optim, run.mesh
+
+
+def test_dropout_is_drawn_anew_and_the_same_after_a_resume(
+    run: Run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model__dropout=0.3, output=tmp_path / "whole")
+    assert rows(tmp_path / "whole")[0]["loss"] != rows(straight)[0]["loss"]
+    stop_at(3, monkeypatch)
+    run(model__dropout=0.3, output=tmp_path / "stopped")
+    monkeypatch.undo()
+    run(model__dropout=0.3, output=tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_epochs_are_steps_and_some_checkpoints_stay(run: Run, data: Path, tmp_path: Path) -> None:
+    per_epoch = -(-open_dataset(data).rows // 8)
+    ended = run(train__steps=None, train__epochs=1.5, checkpoint__every=1, checkpoint__keep=1, checkpoint__keep_every=4)
+    assert ended["steps"] == math.ceil(1.5 * open_dataset(data).rows / 8) > per_epoch
+    expected = [step for step in range(1, ended["steps"]) if step % 4 == 0] + [ended["steps"]]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == sorted(set(expected))
+
+
+def test_a_trace_of_the_steps_asked_for(run: Run, tmp_path: Path) -> None:
+    run(train__profile="[2, 3]")
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+def test_weights_and_biases_gets_the_same_rows(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    fake = types.ModuleType("wandb")
+    tracker = types.SimpleNamespace(
+        log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish")
+    )
+    fake.init = lambda **options: calls.append(options) or tracker
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(log__wandb="books")
+    assert calls[0]["project"] == "books"
+    assert calls[0]["config"]["train"]["steps"] == 6
+    assert calls[-1] == "finish"
+    logged = [(step, row["train/loss"]) for step, row in calls[1:-1] if "train/loss" in row]
+    assert logged == [(row["step"], row["loss"]) for row in rows(tmp_path / "run") if "loss" in row]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        UserError, match=r"'log\.wandb' is set and the package 'wandb' is not installed; pip install wandb"
+    ):
+        run(log__wandb="books", output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_rows_say_where_the_time_went(straight: Path) -> None:
+    times = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    for row in times:
+        if "loss" in row:
+            assert 0 <= row["data_s"] + row["wait_s"] <= row["step_s"]
+            assert row["model_tflops_per_s"] > 0
+            assert "mfu" not in row, "what this CPU can do is not known"
+
+
+def test_a_full_disk_during_a_save_is_named_and_costs_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: a real process meets a real error of the file system."""
+    changes = {"train__steps": 6, "checkpoint__every": 2, "eval__every": 0}
+    train(load_run_config(None, overrides(tmp_path / "straight", **changes)))
+    program = """
+import resource, sys
+from ssm_jax import checkpoint
+save, saves = checkpoint.save, []
+def limited(*arguments):
+    saves.append(arguments)
+    if len(saves) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+    return save(*arguments)
+checkpoint.save = limited
+from ssm_jax.config import main
+from train.pretrain import run
+main(run)
+"""
+    folder = tmp_path / "full"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *overrides(folder, **changes)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert re.search(
+        r"error: Checkpoint .* could not be written \(.*\); earlier checkpoints are untouched\.", ended.stderr
+    )
+    assert checkpoint.steps(folder / "checkpoints") == [2]
+    train(load_run_config(None, overrides(folder, **changes)))
+    assert_same_run(folder, tmp_path / "straight")

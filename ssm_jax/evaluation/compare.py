@@ -1,0 +1,135 @@
+"""One self-contained HTML page that sets runs side by side, from the files in their folders."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ssm_jax.errors import DataError
+from ssm_jax.evaluation.charts import Series, line_chart, number
+from ssm_jax.evaluation.report import RunFiles, duration, page, read_run
+
+TONES = ("a", "b", "c", "d", "e", "f")
+COMPARISON = "comparison.html"
+
+
+def write_comparison(folders: Sequence[str | Path], path: str | Path, baseline: str | Path | None = None) -> Path:
+    """Writes the page and returns its path. With a ``baseline`` the losses are also drawn as differences to that run's.
+
+    Raises:
+        DataError: a folder that is no run, more runs than colours, or one run twice.
+    """
+    named = [Path(folder) for folder in (*([baseline] if baseline is not None else []), *folders)]
+    if len({folder.resolve() for folder in named}) < len(named):
+        raise DataError("A run is named twice; name each one once, the baseline by --baseline alone.")
+    if len(named) > len(TONES):
+        raise DataError(f"There are {len(named)} runs; at most {len(TONES)} can be told apart on one page.")
+    runs = [read_run(folder) for folder in named]
+    Path(path).write_text(render_comparison(runs, baseline is not None), encoding="utf-8")
+    return Path(path)
+
+
+def render_comparison(runs: Sequence[RunFiles], against_first: bool = False) -> str:
+    """The page as text. ``against_first``: the first run is the baseline."""
+    names = _names(runs)
+    charts = {
+        "Training loss": _chart(runs, names, "steps", "loss", "Training loss", "nats per token"),
+        "Held-out loss": _chart(runs, names, "evaluations", "eval/loss", "Held-out loss", "nats per token"),
+        "Throughput": _chart(runs, names, "steps", "tokens_per_s", "Throughput", "tokens per second", from_zero=True),
+        "Gradient norm": _chart(runs, names, "steps", "grad_norm", "Gradient norm", "before clipping", from_zero=True),
+    }
+    if against_first:
+        difference = _differences(runs, names)
+        charts = {
+            "Training loss": charts.pop("Training loss"),
+            f"Training loss less that of {names[0]}": difference,
+            **charts,
+        }
+    sections = {"Runs": _table(runs, names, against_first), **charts, "What differs": _config_table(runs, names)}
+    return page(" · ".join(names), '<p class="lead">Training runs side by side</p>', sections)
+
+
+def _names(runs: Sequence[RunFiles]) -> list[str]:
+    short = [run.folder.resolve().name for run in runs]
+    return [name if short.count(name) == 1 else str(run.folder) for name, run in zip(short, runs, strict=True)]
+
+
+def _chart(
+    runs: Sequence[RunFiles],
+    names: Sequence[str],
+    rows: str,
+    key: str,
+    title: str,
+    y_label: str,
+    from_zero: bool = False,
+) -> str:
+    series = []
+    for run, name, tone in zip(runs, names, TONES, strict=False):
+        found = [row for row in getattr(run, rows) if key in row]
+        series.append(Series(name, [row["step"] for row in found], [row[key] for row in found], tone))
+    return line_chart(series, title=title, y_label=y_label, from_zero=from_zero)
+
+
+def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
+    """At the steps that a run and the baseline both have."""
+    baseline = {row["step"]: row["loss"] for row in runs[0].steps}
+    series = []
+    for run, name, tone in list(zip(runs, names, TONES, strict=False))[1:]:
+        both = [(row["step"], row["loss"], baseline[row["step"]]) for row in run.steps if row["step"] in baseline]
+        values = [None if a is None or b is None else a - b for _, a, b in both]
+        series.append(Series(name, [step for step, *_ in both], values, tone))
+    return line_chart(series, title=f"Training loss less that of {names[0]}", y_label="nats per token")
+
+
+def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) -> str:
+    columns = ("bits per byte", "held-out loss", "parameters", "tokens", "tokens per second", "time in steps")
+    head = "".join(f'<th class="number">{title}</th>' for title in columns)
+    first = _figures(runs[0]) if against_first else None
+    lines = []
+    for run, name in zip(runs, names, strict=True):
+        cells = []
+        for key, (value, text) in _figures(run).items():
+            base = first[key][0] if first is not None and run is not runs[0] else None
+            change = f" ({value / base - 1:+.1%})" if value is not None and base else ""
+            cells.append(f'<td class="number">{escape(text + change)}</td>')
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
+    """value and text of each column."""
+    summary, last = run.summary, run.evaluations[-1] if run.evaluations else {}
+    bits = run.scores.get("model", {}).get("bits_per_byte", last.get("eval/bits_per_byte"))
+    values = {
+        "bits": (bits, "{:.4f}".format),
+        "loss": (last.get("eval/loss"), "{:.4f}".format),
+        "parameters": (summary.get("parameters"), number),
+        "tokens": (summary.get("tokens"), number),
+        "speed": (summary.get("tokens_per_s"), number),
+        "seconds": (summary.get("seconds"), duration),
+    }
+    return {key: (value, "–" if value is None else form(value)) for key, (value, form) in values.items()}
+
+
+def _config_table(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
+    """The keys whose values are not the same everywhere."""
+    flat = [dict(_flatten(run.config)) for run in runs]
+    keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "output"]
+    differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+    if not differing:
+        return "<p>Their configurations are the same.</p>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    lines = (
+        f"<tr><th>{escape(key)}</th>"
+        + "".join(f"<td>{escape(str(values.get(key, '–')))}</td>" for values in flat)
+        + "</tr>"
+        for key in differing
+    )
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        found += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
