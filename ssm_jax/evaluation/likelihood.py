@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ssm_jax.generation.prompt import bucket
 from ssm_jax.models import LanguageModel
@@ -29,7 +29,9 @@ def likelihoods(
 ) -> list[Likelihood]:
     """log p(continuation | context) = sum_t log p(c_t | context, c_1 ... c_{t-1}) for (context, continuation) pairs of token ids.
 
-    The context holds at least one token. Pairs are sorted by length and padded to powers of two, so that few programs compile.
+    The probabilities are those of the loss, padded rows of the vocabulary included (as in transformers); greedy decoding leaves
+    them out, as ``generate`` does. The context holds at least one token. Pairs are sorted by length and padded to powers of two,
+    so that few programs compile.
 
     Raises:
         ValueError: an empty context.
@@ -60,15 +62,15 @@ def likelihoods(
 @functools.partial(jax.jit, static_argnames=("model",))
 def _scores(
     model: LanguageModel, params: Params, tokens: Tokens, targets: Tokens, positions: Positions
-) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
+) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
     """log p of each target, and whether it is the most likely token; one row of logits at a time."""
     output: Any = model.apply({"params": params}, tokens, None, positions, method="features")
-    readout_DV = model.readout(params)[:, : model.config.vocab_size]
+    readout_DV = model.readout(params)
 
     def of_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
         features_LD, targets_L = row
         logits_LV = jnp.dot(features_LD, readout_DV.astype(features_LD.dtype), preferred_element_type=jnp.float32)
         logprob_L = jnp.take_along_axis(jax.nn.log_softmax(logits_LV), targets_L[:, None], axis=1)[:, 0]
-        return logprob_L, jnp.argmax(logits_LV, axis=-1) == targets_L
+        return logprob_L, jnp.argmax(logits_LV[:, : model.config.vocab_size], axis=-1) == targets_L
 
     return jax.lax.map(of_row, (output[0], targets))

@@ -1,5 +1,7 @@
 """What was saved comes back, on any mesh; what was damaged never does."""
 
+import shutil
+import types
 from pathlib import Path
 
 import jax

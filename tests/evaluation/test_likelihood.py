@@ -25,10 +25,10 @@ def definition(model: LanguageModel, params: Any, context: list[int], continuati
     ids = [*context, *continuation]
     tokens = np.zeros((1, 64), np.int32)
     tokens[0, : len(ids)] = ids
-    logits = np.asarray(full_logits(model, params, tokens), np.float64)[0, :, : model.config.vocab_size]
-    logits = logits[len(context) - 1 : len(ids) - 1]
+    logits = np.asarray(full_logits(model, params, tokens), np.float64)[0, len(context) - 1 : len(ids) - 1]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return float(log_p[np.arange(len(continuation)), continuation].sum()), logits.argmax(-1).tolist() == continuation
+    greedy = logits[:, : model.config.vocab_size].argmax(-1).tolist()
+    return float(log_p[np.arange(len(continuation)), continuation].sum()), greedy == continuation
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -63,8 +63,8 @@ def host(tree: Any) -> Any:
 
 @functools.cache
 def unsharded_run(family: str) -> tuple[Any, list[float]]:
-    """(initial parameters, losses) of five steps on one device."""
-    return run_steps(*trainer(family), steps=5)
+    """(initial parameters, losses) of twenty steps on one device."""
+    return run_steps(*trainer(family), steps=20)
 
 
 def run_steps(mesh: Any, step: Any, state: Any, frozen: Any, steps: int) -> tuple[Any, list[float]]:
@@ -98,11 +98,29 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch() -> None:
     ],
 )
 def test_sharded_equals_unsharded(family: str, sizes: dict[str, int]) -> None:
-    first, losses = run_steps(*trainer(family, **sizes), steps=5)
+    first, losses = run_steps(*trainer(family, **sizes), steps=20)
     first_1, losses_1 = unsharded_run(family)
     jax.tree.map(np.testing.assert_array_equal, first, first_1)
     np.testing.assert_allclose(losses, losses_1, rtol=1e-5)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+def test_every_optimizer_is_the_same_on_a_mesh(name: str) -> None:
+    """Wide enough that Adafactor factors; what of its state has a parameter's shape is split as the parameter is."""
+    model = ssm_jax.build("mamba", vocab_size=VOCAB, d_model=128, n_layers=1, d_state=4)
+    config = OptimConfig(name=name, lr=1e-3, schedule="constant", ema=0.9, freeze=("norm_f",))
+    outcomes = []
+    for sizes in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        devices = jax.devices()[: 8 if len(sizes) > 1 else 1]
+        mesh = sharding.make_mesh(MeshConfig(**sizes), devices)
+        shapes = state_lib.abstract(model, config, mesh)
+        program = compile_step(make_step(model, config), *shapes, abstract_batch(LANES, LENGTH, mesh), mesh)
+        state, frozen = state_lib.initialize(model, config, mesh, 0, 100)
+        outcomes.append(run_steps(mesh, program, state, frozen, steps=3)[1])
+        split = [leaf for leaf in jax.tree.leaves(shapes[0].opt_state) if not leaf.sharding.is_fully_replicated]
+        assert bool(split) == (len(sizes) > 1)
+    np.testing.assert_allclose(*outcomes, rtol=1e-5)
 
 
 def test_microbatches_give_the_update_of_the_whole_batch() -> None:
