@@ -66,6 +66,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -m benchmarks.mamba_cpu
 	$(BIN)/python -m benchmarks.context
+	$(BIN)/python -m benchmarks.overhead
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

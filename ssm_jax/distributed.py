@@ -1,14 +1,17 @@
 """Several processes as one program. A single process needs no call, no network and no cluster."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ssm_jax.errors import ConfigError
+from ssm_jax.errors import ConfigError, UserError
 from ssm_jax.typing import PyTree
 
 
@@ -56,6 +59,27 @@ def process_count() -> int:
 def is_main() -> bool:
     """True in the one process that writes logs and files."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def failing_alone() -> Iterator[None]:
+    """Around the work of a process that others wait for: an error ends it at once, with its message and status.
+
+    Otherwise JAX would first wait minutes for the others to finish, who wait for this one. They end by the launcher's hand, or when
+    they miss its heartbeat. With one process nothing changes.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def barrier(name: str) -> None:

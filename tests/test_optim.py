@@ -166,6 +166,16 @@ def test_muon_orthogonalises_the_projections_and_nothing_else() -> None:
         assert np.all((singular > 0.6) & (singular < 1.3)), singular  # Newton-Schulz ends near 1, not at it
 
 
+def test_muon_with_every_matrix_frozen_is_adamw() -> None:
+    params = small_params()
+    updates = []
+    for name in ("muon", "adamw"):
+        optimizer = optim.make_optimizer(OptimConfig(name=name))
+        update, _ = optimizer.update(params, optimizer.init(params), params, learning_rate=jnp.float32(0.1))
+        updates.append(update)
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_non_finite_gradients_change_nothing(bad: float) -> None:
     optimizer, params = optim.make_optimizer(OptimConfig()), small_params()

@@ -35,6 +35,8 @@ def run(argv: Sequence[str]) -> None:
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
     from train.source import load
 
+    if args.task is None and args.file is not None:
+        raise DataError("Option --file needs --task lambada.")
     if args.task is not None:
         _run_task(args)
         return
@@ -126,7 +128,11 @@ def _line(name: str, scores: dict[str, Any]) -> str:
 
 def _training_data(folder: Path) -> str:
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    path = config.get("data", {}).get("path")
+    data = config.get("data", {})
+    path = data.get("path")
+    if path is None and data.get("mixture"):
+        corpora = ", ".join(str(corpus["path"]) for corpus in data["mixture"])
+        raise DataError(f"Run {folder} was trained on several corpora ({corpora}); name one with --data.")
     if path is None:
         raise DataError(f"Folder {folder} does not say what it was trained on; name prepared data with --data.")
     return str(path)

@@ -22,9 +22,13 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if not argv:
         parser.error("give --config YAML, such as configs/run/demo.yaml, or every needed key as key.sub=value")
+    from ssm_jax import distributed
     from ssm_jax.training import load_run_config, train
 
-    train(load_run_config(args.config, args.overrides))
+    config = load_run_config(args.config, args.overrides)
+    distributed.initialize()
+    with distributed.failing_alone():
+        train(config)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"Checkpoint file {folder / MANIFEST} is damaged; use another step.") from error
 
 
+def digest(folder: Path) -> str:
+    """What changes when any file of the folder does: the checksum of its manifest."""
+    read(folder)
+    return _describe(folder / MANIFEST)["sha256"][:16]
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Reads every file and compares it with the manifest, which is returned.
 

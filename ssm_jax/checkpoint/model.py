@@ -1,5 +1,6 @@
 """From a run folder or a checkpoint to a model and its parameters."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,18 @@ def load_model(
     item = "params" if info.get("ema") is None else "ema"
     params = store.restore(folder, {item: trainable})[0][item]
     if frozen:
+        require_frozen(folder, info)
         params = optim.merge(params, store.restore(folder.parent / FROZEN, {"params": frozen})[0]["params"])
     return model, params
+
+
+def require_frozen(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the frozen leaves beside a checkpoint are those that it was saved with."""
+    beside = folder.parent / FROZEN
+    if manifest.digest(beside) != info.get("frozen"):
+        raise CheckpointError(
+            f"{beside} holds other frozen parameters than checkpoint {folder} was saved with; restore them."
+        )
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:

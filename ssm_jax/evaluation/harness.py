@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 
 from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
 from ssm_jax.evaluation import documents
-from ssm_jax.evaluation.likelihood import likelihoods
+from ssm_jax.evaluation.likelihood import encode_pair, likelihoods
 from ssm_jax.evaluation.perplexity import evaluate
 from ssm_jax.generation import Decoder, make_decoder, stream
 from ssm_jax.interop import from_pretrained
@@ -31,6 +31,7 @@ class HarnessModel(LM):
     """loglikelihood, loglikelihood_rolling and generate_until of a model.
 
     ``start_mark`` puts the end-of-text mark before every context, as training does; an empty context is the mark in any case.
+    ``seed`` is that of the draws of ``generate_until``, which differ from request to request.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class HarnessModel(LM):
         tokenizer: Tokenizer,
         batch_size: int = 16,
         start_mark: bool = True,
+        seed: int = 0,
     ):
         super().__init__()
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._batch_size, self._start_mark = batch_size, start_mark
+        self._seed, self._requests = seed, 0
         self._decoder: Decoder | None = None
 
     @classmethod
@@ -76,13 +79,8 @@ class HarnessModel(LM):
         return [self._generate(*request.args) for request in requests]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """A context's trailing spaces belong to the continuation, where subword tokenizers want them."""
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        whole = self._tokenizer.encode(context + continuation).tolist()
-        head = self._tokenizer.encode(context).tolist()
-        return self._context(head), whole[len(head) :]
+        head, rest = encode_pair(self._tokenizer, context, continuation)
+        return self._context(head), rest
 
     def _context(self, ids: Sequence[int]) -> list[int]:
         mark = [self._tokenizer.eos_id] if self._start_mark or not len(ids) else []
@@ -94,6 +92,7 @@ class HarnessModel(LM):
         draws = bool(options.get("do_sample")) and float(options.get("temperature", 1.0)) > 0
         if self._decoder is None:
             self._decoder = make_decoder(self._model, self._params)
+        self._requests += 1
         ids: list[int] = []
         for block in stream(
             self._model,
@@ -103,7 +102,7 @@ class HarnessModel(LM):
             temperature=float(options.get("temperature", 1.0)) if draws else 0.0,
             top_p=options.get("top_p") if draws else None,
             eos_id=self._tokenizer.eos_id,
-            key=jax.random.key(0),
+            key=jax.random.fold_in(jax.random.key(self._seed), self._requests),
             decoder=self._decoder,
         ):
             ids += [token for token in block.tolist() if token != self._tokenizer.eos_id]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ssm_jax.data.tokenizers import Tokenizer
 from ssm_jax.errors import DataError
-from ssm_jax.evaluation.likelihood import likelihoods
+from ssm_jax.evaluation.likelihood import encode_pair, likelihoods
 from ssm_jax.models import LanguageModel
 from ssm_jax.typing import Params
 
@@ -74,7 +74,8 @@ def lambada(
     pairs = []
     for text in passages:
         context, word = text.rstrip().rsplit(maxsplit=1)
-        pairs.append(([*mark, *tokenizer.encode(context).tolist()], tokenizer.encode(" " + word).tolist()))
+        head, last = encode_pair(tokenizer, context, f" {word}")
+        pairs.append(([*mark, *head], last))
     found = likelihoods(model, params, pairs, batch_size)
     right = sum(result.is_greedy for result in found)
     losses = -np.array([result.logprob for result in found])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ssm_jax.data.tokenizers import Tokenizer
 from ssm_jax.generation.prompt import bucket
 from ssm_jax.models import LanguageModel
 from ssm_jax.typing import Params, Positions, Tokens
@@ -19,6 +20,18 @@ class Likelihood(NamedTuple):
 
     logprob: float
     is_greedy: bool
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The ids of a context and of what follows it, cut out of the encoding of both together, so that they are those of the text.
+
+    A context's trailing spaces go to the continuation, where subword tokenizers want them.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    head = tokenizer.encode(context).tolist()
+    return head, tokenizer.encode(context + continuation).tolist()[len(head) :]
 
 
 def likelihoods(

@@ -48,7 +48,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh)
     run_lib.check_folder(run)
     restored = saving.restore(run.folder, shapes, frozen_shapes)
+    params = run_lib.initial_params(run) if restored is None else None
     run_lib.describe_in_folder(run)
+    if restored is None:
+        saving.begin(run)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.train.max_seconds))
@@ -75,9 +78,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         progress.note(f"compiled in {compile_s:.1f} s")
         if restored is None:
             total_steps = _steps(config, run.data) or _steps_in_budget(train_step, run, progress)
-            params = run_lib.initial_params(run)
             state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps, params)
-            del params
+            params = None
             meter = Meter()
 
         evaluate = make_evaluation(run)

@@ -1,11 +1,11 @@
 """Where numbers go: ``metrics.jsonl`` always, TensorBoard events beside it, Weights & Biases on request."""
 
 import contextlib
-import hashlib
 import importlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ssm_jax.errors import ConfigError
 from ssm_jax.training.config import LogConfig
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
+WANDB_ID = "wandb_id.txt"
 TIMES = ("tokens_per_s", "step_s", "seconds", "data_s", "wait_s", "model_tflops_per_s", "mfu")
 
 
@@ -97,11 +98,13 @@ class MetricsLog:
             self._events = SummaryWriter(str(folder / EVENTS), purge_step=start_step + 1 if start_step else None)
         if config.wandb is not None:
             wandb = importlib.import_module("wandb")
-            identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            note = folder / WANDB_ID
+            if start_step == 0 or not note.is_file():
+                files.write_text(note, uuid.uuid4().hex[:16])  # of this run, not of one that stood here before
             self._wandb = wandb.init(
                 project=config.wandb,
                 name=folder.name,
-                id=identity,
+                id=note.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(folder),
                 config=dict(run_config),
@@ -111,9 +114,11 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for target, end in ((self._file, "close"), (self._events, "close"), (self._wandb, "finish")):
+        for target in (self._file, self._events):
             if target is not None:
-                getattr(target, end)()
+                target.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(exception[0] is not None))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row; numbers that are not finite become null."""

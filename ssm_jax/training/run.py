@@ -16,6 +16,8 @@ import yaml
 from jax.sharding import Mesh
 
 from ssm_jax import distributed, files, sharding
+from ssm_jax.checkpoint import store
+from ssm_jax.checkpoint.model import CHECKPOINTS
 from ssm_jax.config import dump_yaml, read_yaml, to_dict
 from ssm_jax.data.mixture import Mixture, open_held_out, open_mixture
 from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
@@ -51,13 +53,24 @@ def prepare(config: RunConfig) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     corpora = [(corpus.path, corpus.weight) for corpus in config.data.corpora]
     data, held_out = open_mixture(corpora), open_held_out(corpora)
+    begun = _model_begun_with(config)
     if config.init_from is not None:
-        config = dataclasses.replace(config, model={**_initial_model(config.init_from, data), **config.model})
+        initial = begun or _initial_model(config.init_from, data)
+        config = dataclasses.replace(config, model={**initial, **config.model})
     config = resolve(config, data, mesh)
     model = build(config_from_dict(config.model))
-    if config.init_from is not None:
+    if config.init_from is not None and begun is None:
         _require_same_shapes(model, config.init_from)
     return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model)
+
+
+def _model_begun_with(config: RunConfig) -> dict[str, Any] | None:
+    """The model of a run that has a checkpoint already: it needs the weights that it began with no more."""
+    folder = Path(config.output)
+    if not store.steps(folder / CHECKPOINTS) or not (folder / CONFIG).is_file():
+        return None
+    saved = read_yaml(folder / CONFIG)
+    return saved.get("model") if saved.get("init_from") == config.init_from else None
 
 
 def initial_params(run: Run) -> Params | None:

@@ -1,10 +1,12 @@
 """A train state as a checkpoint: parameters, optimizer, step, RNG key, carried state, data position; frozen leaves once."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
-from ssm_jax import checkpoint
-from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN
+from ssm_jax import checkpoint, distributed
+from ssm_jax.checkpoint import manifest
+from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN, require_frozen
 from ssm_jax.checkpoint.store import write_folder
 from ssm_jax.errors import CheckpointError
 from ssm_jax.training.metrics import Meter
@@ -16,7 +18,7 @@ from ssm_jax.typing import Params, PyTree
 def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
     """Writes the checkpoint of the step the meter stands at, and drops old ones."""
     root, config = run.folder / CHECKPOINTS, run.config
-    if frozen and not checkpoint.is_checkpoint(root / FROZEN):
+    if frozen and not distributed.from_main(int(checkpoint.is_checkpoint(root / FROZEN))):
         write_folder(root / FROZEN, {"params": frozen}, {})
     info = {
         "counts": meter.counts(),
@@ -24,9 +26,17 @@ def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
         "freeze": list(config.optim.freeze),
         "train": list(config.optim.train),
         "ema": config.optim.ema,
+        "frozen": manifest.digest(root / FROZEN) if frozen else None,
     }
     keep = config.checkpoint
     return checkpoint.save(root, meter.step, _items(state), info, keep.keep, keep.keep_every)
+
+
+def begin(run: Run) -> None:
+    """For a run that starts anew: takes away frozen leaves that an earlier start left without a checkpoint."""
+    if distributed.is_main():
+        shutil.rmtree(run.folder / CHECKPOINTS / FROZEN, ignore_errors=True)
+    distributed.barrier("the run starts anew")
 
 
 def restore(
@@ -50,6 +60,7 @@ def restore(
         )
     frozen: Params = {}
     if abstract_frozen:
+        require_frozen(newest, info)
         frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
     state = TrainState(params=items["params"], ema=items.get("ema"), **items["train"])
     return state, frozen, Meter(**info["counts"])

@@ -25,7 +25,8 @@ def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int
     loss = sum over the whole batch of weight * nll / sum of weights; gradient of that with respect to ``state.params`` only;
     AdamW; an update with non-finite gradients changes nothing but the step and the counts.
 
-    ``microbatches`` splits the lanes (never the time axis) and adds up sums: memory and rounding change, the result does not.
+    ``microbatches`` splits the lanes (never the time axis) and adds up sums: memory and rounding change, the result does not (but
+    dropout draws anew for each).
     ``batch_shards``: over how many devices the lanes are split.
     """
     optimizer = optim.make_optimizer(config)

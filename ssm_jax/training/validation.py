@@ -47,25 +47,30 @@ def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*parts, strict=True))
         return loss_sum, weight
 
+    names = [dataset.path.name for dataset in data.datasets]
+    names = [name if names.count(name) == 1 else str(d.path) for name, d in zip(names, data.datasets, strict=True)]
+
     def evaluate(trainable: Params, frozen: Params) -> Scores:
-        each = [(dataset, *of_dataset(trainable, frozen, dataset)) for dataset in data.datasets]
-        found = scores([loss_sum for _, loss_sum, _ in each], [weight for *_, weight in each], data)
+        each = [of_dataset(trainable, frozen, dataset) for dataset in data.datasets]
+        found = scores(each, data)
         if len(each) > 1:
-            found |= {f"eval/{dataset.path.name}/loss": loss_sum / weight for dataset, loss_sum, weight in each}
+            found |= {f"eval/{name}/loss": loss / weight for name, (loss, weight) in zip(names, each, strict=True)}
         return found
 
     return evaluate
 
 
-def scores(loss_sums: Sequence[float], weights: Sequence[float], data: Mixture) -> Scores:
-    """Mean loss per target in nats, perplexity, and bits per byte of text, over all corpora.
+def scores(sums: Sequence[tuple[float, float]], data: Mixture) -> Scores:
+    """Mean loss per target in nats, perplexity, and bits per byte of text, over all corpora, from (loss, weight) of each.
 
-    Every target counts, end marks included: bits per byte = loss / ln 2 * targets of the splits / bytes of their text.
+    Every target counts, end marks included. The bytes that a corpus's targets stand for are their share of its text.
     """
-    loss = math.fsum(loss_sums) / math.fsum(weights)
-    targets, text_bytes = (sum(getattr(d.split, name) for d in data.datasets) for name in ("targets", "text_bytes"))
+    total = math.fsum(loss for loss, _ in sums)
+    loss = total / math.fsum(weight for _, weight in sums)
+    splits = [dataset.split for dataset in data.datasets]
+    size = math.fsum(weight * split.text_bytes / split.targets for (_, weight), split in zip(sums, splits, strict=True))
     return {
         "eval/loss": loss,
         "eval/perplexity": math.exp(min(loss, 700.0)),
-        "eval/bits_per_byte": loss / math.log(2) * targets / text_bytes,
+        "eval/bits_per_byte": total / math.log(2) / size,
     }

@@ -72,6 +72,19 @@ def test_exported_values_are_the_golden_ones_under_the_golden_names(tmp_path: Pa
             np.testing.assert_array_equal(written[name], value, err_msg=name, strict=True)
 
 
+@pytest.mark.parametrize("name", [TIED, ORIGINAL_TIED, "mamba2/one_group"])
+def test_float16_weights_are_read_as_float32(name: str, tmp_path: Path) -> None:
+    def halve(arrays: dict[str, np.ndarray]) -> None:
+        arrays.update({key: array.astype(np.float16) for key, array in arrays.items()})
+
+    _, exact = ssm_jax.from_pretrained(GOLDENS / name)
+    model, params = ssm_jax.from_pretrained(
+        copy_golden(name, tmp_path / "m", lambda config: config.update(dtype="float16"), halve)
+    )
+    assert (model.config.dtype, model.config.param_dtype) == ("float32", "float32")
+    assert_same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), exact))
+
+
 def test_a_tied_head_is_stored_once_or_shared(tmp_path: Path) -> None:
     model, params = small()
     ssm_jax.save_pretrained(model, params, tmp_path / "hf", "transformers", check=False)

@@ -17,13 +17,13 @@ Overrides = Callable[..., list[str]]
 Run = Callable[..., dict[str, Any]]
 
 
-def prepare_bytes(folder: Path, seq_len: int = 32) -> Path:
+def prepare_bytes(folder: Path, name: str = "prepared", seq_len: int = 32) -> Path:
     """Twelve short files as prepared data; returns its folder."""
     for i in range(12):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {i * j}\n" for j in range(15)))
     files = [TextFile(path, path.name) for path in sorted(folder.glob("*.txt"))]
-    prepare(files, folder / "prepared", ByteTokenizer(), Settings(seq_len=seq_len, validation_percent=20.0))
-    return folder / "prepared"
+    prepare(files, folder / name, ByteTokenizer(), Settings(seq_len=seq_len, validation_percent=20.0))
+    return folder / name
 
 
 @pytest.fixture(scope="session", autouse=True)

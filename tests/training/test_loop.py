@@ -23,8 +23,9 @@ import tokenizers
 
 import ssm_jax
 from ssm_jax import checkpoint, config, optim, sharding
+from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.pipeline import evaluation_batches
-from ssm_jax.data.shards import open_dataset
+from ssm_jax.data.shards import Manifest, PackedDataset, Split, open_dataset
 from ssm_jax.data.tokenizers import SubwordTokenizer, load_tokenizer
 from ssm_jax.errors import UserError
 from ssm_jax.training import load_run_config, loop, saving, train
@@ -32,6 +33,7 @@ from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.metrics import TIMES
 from ssm_jax.training.progress import TrainingProgress
+from ssm_jax.training.validation import scores
 from tests.training.conftest import Overrides, Run, prepare_bytes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -335,7 +337,42 @@ def test_fine_tuning_from_a_folder_of_weights(run: Run, straight: Path, tmp_path
         before, after = arrays(straight), arrays(folder)
         for name in before:
             assert np.array_equal(before[name], after[name]) == ("norm" not in name), (source, name)
-    assert run(**fields, output=folder, init_from=source, train__steps=1, optim__freeze="[embed, mixer]")["finished"]
+    shutil.rmtree(source)  # a run that has begun needs what it began with no more
+    again = {**fields, "output": folder, "init_from": source, "optim__freeze": "[embed, mixer]"}
+    assert run(**again, train__steps=1)["finished"]
+    assert run(**again, train__steps=2, train__accept_changes="true")["steps"] == 2
+
+
+def test_frozen_parameters_of_another_start_are_not_taken_for_this_one(run: Run, tmp_path: Path) -> None:
+    changes = {"optim__freeze": "[embed]", "train__steps": 2}
+    run(**changes, output=tmp_path / "a")
+    run(**changes, output=tmp_path / "b", seed=1)
+    frozen = [tmp_path / name / "checkpoints/frozen" for name in "ab"]
+    shutil.rmtree(frozen[0])
+    shutil.copytree(frozen[1], frozen[0])
+    with pytest.raises(UserError, match="holds other frozen parameters than checkpoint"):
+        checkpoint.load_model(tmp_path / "a")
+    with pytest.raises(UserError, match="holds other frozen parameters than checkpoint"):
+        run(**changes, output=tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/checkpoints/00000002")  # nothing but frozen leaves of another start
+    run(**changes, output=tmp_path / "a")
+    assert not np.array_equal(*(arrays(tmp_path / name)["embed/embedding"] for name in "ab"))
+
+
+def test_bits_per_byte_of_a_mixture_lie_between_those_of_its_corpora() -> None:
+    def corpus(targets: int, text_bytes: int) -> PackedDataset:
+        split = Split(documents=0, tokens=targets, rows=1, text_bytes=text_bytes, shards=())
+        manifest = Manifest(seq_len=8, vocab_size=9, token_dtype="uint8", tokenizer={}, splits={"validation": split})
+        return PackedDataset(Path("nowhere"), "validation", manifest)
+
+    large, small = corpus(10**8, 450_000_000), corpus(10**6, 2_000_000)
+    sums = [(3.0 * 1000, 1000.0), (1.5 * 1000, 1000.0)]
+    each = [scores([part], Mixture((data,), (1.0,))) for part, data in zip(sums, (large, small), strict=True)]
+    both = scores(sums, Mixture((large, small), (0.5, 0.5)))
+    bits = [part["eval/bits_per_byte"] for part in each]
+    assert bits == pytest.approx([3.0 / math.log(2) / 4.5, 1.5 / math.log(2) / 2.0])
+    assert min(bits) < both["eval/bits_per_byte"] < max(bits)
+    assert both["eval/loss"] == pytest.approx(2.25)
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_compiles(
@@ -367,12 +404,15 @@ def test_a_mixture_reads_its_corpora_by_weight_and_resumes(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b").mkdir()
-    other = prepare_bytes(tmp_path / "b")
+    other = prepare_bytes(tmp_path / "b", "other")
     corpora = f"[{{path: {data}, weight: 3}}, {{path: {other}, weight: 1}}]"
     mixed = {"data__path": None, "data__mixture": corpora, "output": tmp_path / "mixed"}
     assert run(**mixed)["finished"]
     evaluations = [row for row in rows(tmp_path / "mixed") if "eval/loss" in row]
-    assert {f"eval/{path.name}/loss" for path in (data, other)} <= set(evaluations[-1])
+    last = evaluations[-1]
+    assert data.name != other.name
+    assert last[f"eval/{data.name}/loss"] != last[f"eval/{other.name}/loss"]
+    assert min(last[f"eval/{p.name}/loss"] for p in (data, other)) < last["eval/loss"]
     stop_at(3, monkeypatch)
     run(**{**mixed, "output": tmp_path / "stopped"})
     monkeypatch.undo()
@@ -409,12 +449,13 @@ def _model_and_optimizer(folder: Path) -> tuple[Any, ...]:
 def test_dropout_is_drawn_anew_and_the_same_after_a_resume(
     run: Run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(model__dropout=0.3, output=tmp_path / "whole")
+    changes = {"model__dropout": 0.3, "optim__ema": 0.9, "optim__freeze": "[norm_f]"}
+    run(**changes, output=tmp_path / "whole")
     assert rows(tmp_path / "whole")[0]["loss"] != rows(straight)[0]["loss"]
     stop_at(3, monkeypatch)
-    run(model__dropout=0.3, output=tmp_path / "stopped")
+    run(**changes, output=tmp_path / "stopped")
     monkeypatch.undo()
-    run(model__dropout=0.3, output=tmp_path / "stopped")
+    run(**changes, output=tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -435,16 +476,22 @@ def test_weights_and_biases_gets_the_same_rows(run: Run, tmp_path: Path, monkeyp
     calls: list[Any] = []
     fake = types.ModuleType("wandb")
     tracker = types.SimpleNamespace(
-        log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish")
+        log=lambda row, step: calls.append((step, row)), finish=lambda exit_code: calls.append(("finish", exit_code))
     )
     fake.init = lambda **options: calls.append(options) or tracker
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(log__wandb="books")
     assert calls[0]["project"] == "books"
     assert calls[0]["config"]["train"]["steps"] == 6
-    assert calls[-1] == "finish"
+    assert calls[-1] == ("finish", 0)
     logged = [(step, row["train/loss"]) for step, row in calls[1:-1] if "train/loss" in row]
     assert logged == [(row["step"], row["loss"]) for row in rows(tmp_path / "run") if "loss" in row]
+    first = calls[0]["id"]
+    run(log__wandb="books", train__steps=7, train__accept_changes="true")
+    assert next(call["id"] for call in calls[1:] if isinstance(call, dict)) == first, "the run that goes on"
+    shutil.rmtree(tmp_path / "run")
+    run(log__wandb="books")
+    assert [call["id"] for call in calls if isinstance(call, dict)][-1] != first, "another run in its place"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         UserError, match=r"'log\.wandb' is set and the package 'wandb' is not installed; pip install wandb"

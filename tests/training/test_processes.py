@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grain
 import pytest
+from array_record.python import array_record_module
 
 from ssm_jax import checkpoint
+from ssm_jax.data.shards import open_dataset
 from ssm_jax.training import load_run_config, train
 from tests.training.conftest import Overrides
 from tests.training.test_loop import assert_same_run, rows
@@ -110,3 +114,53 @@ def test_the_launcher_says_how_it_is_used() -> None:
     ended = subprocess.run(["train/launch/local.sh", "two"], cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "train/launch/local.sh 2 -m train.pretrain" in ended.stderr
+
+
+FAKE = """#!/usr/bin/env bash
+[ "$1" = wait ] && { [ "$JAX_PROCESS_ID" = 0 ] && exit 3; trap "" TERM; sleep 60; }
+exit "${CODES:$JAX_PROCESS_ID:1}"
+"""
+
+
+@pytest.mark.parametrize("codes", ["00", "03", "30", "33"])
+def test_the_launcher_fails_if_any_process_does(codes: str, tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "CODES": codes, "PORT": "1"}
+    for _ in range(5):
+        ended = subprocess.run(["train/launch/local.sh", "2", "go"], cwd=REPOSITORY, env=environment)
+        assert ended.returncode == (0 if codes == "00" else 3)
+
+
+def test_the_launcher_ends_those_that_wait_for_a_failed_process(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "PORT": "1"}
+    started = time.monotonic()
+    ended = subprocess.run(["train/launch/local.sh", "2", "wait"], cwd=REPOSITORY, env=environment)
+    assert ended.returncode == 3
+    assert time.monotonic() - started < 50
+
+
+def test_an_error_in_one_process_is_told_and_ends_both(overrides: Overrides, data: Path, tmp_path: Path) -> None:
+    """A damaged record in the part of the third batch that the second process reads."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    dataset = open_dataset(copy)
+    order = grain.MapDataset.source(range(dataset.rows)).seed(0).shuffle()
+    file = copy / dataset.split.shards[0].file
+    records = list(grain.sources.ArrayRecordDataSource(str(file)))
+    bad = order[2 * 8 + 5]
+    records[bad] = records[bad][:-1] + bytes([records[bad][-1] ^ 4])
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["size"] = file.stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    process = launch(2, overrides(tmp_path / "run", **RUN, data__path=copy))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert f"record {bad}, is damaged" in output

@@ -21,21 +21,25 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 status=0
-left=$count
-while ((left > 0)); do
-  wait -n "${pids[@]}"
-  code=$?
-  alive=0
+deadline=0
+while ((${#pids[@]} > 0)); do
+  sleep 0.2
   running=()
   for pid in "${pids[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then running+=("$pid"); alive=$((alive + 1)); fi
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+      continue
+    fi
+    wait "$pid"
+    code=$?
+    if ((code != 0 && status == 0)); then
+      status=$code
+      deadline=$((SECONDS + 10)) # those that wait for the failed one hear no SIGTERM
+    fi
   done
-  if ((alive == left)); then continue; fi # a signal ended the wait, not a process
-  left=$alive
   pids=("${running[@]+"${running[@]}"}")
-  if ((code != 0 && status == 0)); then
-    status=$code
-    if ((left > 0)); then kill -TERM "${pids[@]}" 2>/dev/null; fi
+  if ((status != 0 && ${#pids[@]} > 0)); then
+    if ((SECONDS >= deadline)); then kill -KILL "${pids[@]}" 2>/dev/null; else kill -TERM "${pids[@]}" 2>/dev/null; fi
   fi
 done
 exit "$status"
