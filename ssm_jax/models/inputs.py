@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 
-def check_inputs(tokens: Array, positions: Array | None, vocab_size: int) -> None:
+def check_inputs(tokens: Array, positions: Array | None, rows: int) -> None:
     """Shapes and types always; values where they can be read, outside ``jit``.
 
     Raises:
@@ -23,10 +23,10 @@ def check_inputs(tokens: Array, positions: Array | None, vocab_size: int) -> Non
         raise ValueError(f"positions have the shape {positions.shape} and tokens {tokens.shape}; they must be equal.")
     if _readable(tokens):
         ids = np.asarray(tokens)
-        outside = (ids < 0) | (ids >= vocab_size)
+        outside = (ids < 0) | (ids >= rows)
         if outside.any():
             raise ValueError(
-                f"Token {ids[outside][0]} is outside the vocabulary of {vocab_size}; use the model's own tokenizer."
+                f"Token {ids[outside][0]} is outside the table of {rows} tokens; use the model's own tokenizer."
             )
     if positions is not None and _readable(positions):
         absent = np.asarray(positions) < 0

@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
         """Next-token logits and the state after the last present token.
 
         Args:
-            tokens: int32 [B, L], every one inside the vocabulary, absent ones too.
+            tokens: int32 [B, L], every one a row of the (padded) table, absent ones too.
             state: what a former call returned, or None for a fresh start.
             positions: int32 [B, L]; 0 starts a document (nothing before it has any influence), -1 marks an absent
                 token (a suffix of its row). None continues from the state.
@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
             deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
 
         Raises:
-            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the vocabulary
+            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table
                 and a -1 that is not at the end of its row. Inside ``jit`` the former gives NaN, the latter is undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
@@ -93,12 +93,13 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Activations, LMState]:
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
-        check_inputs(tokens, positions, self.config.vocab_size)
+        rows = self.config.padded_vocab_size
+        check_inputs(tokens, positions, rows)
         batch, length = tokens.shape
-        known = (tokens >= 0) & (tokens < self.config.vocab_size)
+        known = (tokens >= 0) & (tokens < rows)
         h_BLD, layer_states = scan_layers(
             self.layers,
-            self.embed(jnp.where(known, tokens, self.config.padded_vocab_size)),  # beyond the table is NaN
+            self.embed(jnp.where(known, tokens, rows)),  # beyond the table is NaN
             state.layers if state else None,
             positions,
             deterministic,

@@ -17,10 +17,10 @@ Overrides = Callable[..., list[str]]
 Run = Callable[..., dict[str, Any]]
 
 
-def prepare_bytes(folder: Path, name: str = "prepared", seq_len: int = 32) -> Path:
+def prepare_bytes(folder: Path, name: str = "prepared", word: str = "line", seq_len: int = 32) -> Path:
     """Twelve short files as prepared data; returns its folder."""
     for i in range(12):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {i * j}\n" for j in range(15)))
+        (folder / f"{i}.txt").write_text("".join(f"{word} {j} of file {i}: {i * j}\n" for j in range(15)))
     files = [TextFile(path, path.name) for path in sorted(folder.glob("*.txt"))]
     prepare(files, folder / name, ByteTokenizer(), Settings(seq_len=seq_len, validation_percent=20.0))
     return folder / name

@@ -404,7 +404,7 @@ def test_a_mixture_reads_its_corpora_by_weight_and_resumes(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b").mkdir()
-    other = prepare_bytes(tmp_path / "b", "other")
+    other = prepare_bytes(tmp_path / "b", "other", word="LINE")
     corpora = f"[{{path: {data}, weight: 3}}, {{path: {other}, weight: 1}}]"
     mixed = {"data__path": None, "data__mixture": corpora, "output": tmp_path / "mixed"}
     assert run(**mixed)["finished"]
