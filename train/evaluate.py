@@ -4,7 +4,8 @@
     python -m train.evaluate exported/stdlib --data data/stdlib --json scores.json
     python -m train.evaluate runs/wiki --task lambada --file lambada_test.jsonl.gz
 
-MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json. DATA
+MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json
+(those of sliding windows in a file of their own). DATA
 is prepared data (train.prepare_data), by default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. Beside that stands
@@ -66,7 +67,8 @@ def run(argv: Sequence[str]) -> None:
         result["baseline"] = evaluate_baseline(open_dataset(data, "train"), dataset, tokenizer, ORDER)
     text = json.dumps(result, indent=2) + "\n"
     targets = [Path(args.json)] if args.json else []
-    targets += [folder / "eval.json"] if (folder / "config.yaml").is_file() else []
+    name = f"eval-window{window}-stride{args.stride}.json" if args.stride is not None else "eval.json"
+    targets += [folder / name] if (folder / "config.yaml").is_file() else []
     for target in targets:
         files.write_text(target, text)
     print(table(result))

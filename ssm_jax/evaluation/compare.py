@@ -82,24 +82,33 @@ def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
 
 
 def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) -> str:
-    columns = ("bits per byte", "held-out loss", "parameters", "tokens", "tokens per second", "time in steps")
+    columns = (
+        "bits per byte, whole documents",
+        "held-out loss in training",
+        "parameters",
+        "tokens",
+        "tokens per second",
+        "time in steps",
+    )
     head = "".join(f'<th class="number">{title}</th>' for title in columns)
     first = _figures(runs[0]) if against_first else None
     lines = []
     for run, name in zip(runs, names, strict=True):
         cells = []
         for key, (value, text) in _figures(run).items():
-            base = first[key][0] if first is not None and run is not runs[0] else None
+            comparable = key not in ("bits", "loss") or run.config.get("data") == runs[0].config.get("data")
+            base = first[key][0] if first is not None and run is not runs[0] and comparable else None
             change = f" ({value / base - 1:+.1%})" if value is not None and base else ""
             cells.append(f'<td class="number">{escape(text + change)}</td>')
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+    note = '<p class="note">Bits per byte are those of train.evaluate. Differences are left out where the data are not the same.</p>'
+    return note + f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
     """value and text of each column."""
     summary, last = run.summary, run.evaluations[-1] if run.evaluations else {}
-    bits = run.scores.get("model", {}).get("bits_per_byte", last.get("eval/bits_per_byte"))
+    bits = None if "sliding" in run.scores else run.scores.get("model", {}).get("bits_per_byte")
     values = {
         "bits": (bits, "{:.4f}".format),
         "loss": (last.get("eval/loss"), "{:.4f}".format),

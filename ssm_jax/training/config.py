@@ -90,7 +90,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         lengths = [name for name in ("steps", "epochs", "time_budget_s") if getattr(self, name) is not None]
         if len(lengths) != 1:
-            raise ValueError("exactly one of steps, epochs and time_budget_s must be set; set the others to null")
+            there = " and ".join(lengths) or "none"
+            raise ValueError(
+                f"exactly one of steps, epochs and time_budget_s must be set, and {there} is; set the others to null, such as "
+                "train.time_budget_s=null"
+            )
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"profile is {list(self.profile)}; it must be the first and the last step to trace, from 1 on"

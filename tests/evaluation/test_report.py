@@ -211,7 +211,8 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shown = _Page(out.read_text())
     text = " ".join(" ".join(shown.text).split())
     assert "Training loss less that of base" in text
-    assert "3.2500 (+8.3%)" in text
+    assert "2.7500 (+10.0%)" in text
+    assert "3.2500" not in text, "bits per byte of rows are not those of whole documents"
     assert "seed 0 1" in text, "what differs"
     assert "optim.lr" not in text, "what does not"
     assert "script" not in shown.tags

@@ -4,7 +4,8 @@
 #   train/launch/local.sh 2 -m train.pretrain --config configs/run/demo.yaml mesh.fsdp=2
 #
 # Process 0 prints and logs. SIGTERM and Ctrl-C reach all of them: they save at the same step and leave; the same command goes on.
-# When one fails, the others are stopped. PYTHON names the interpreter, PORT the coordinator's port (default: a free one).
+# When one fails, the others are stopped. PYTHON names the interpreter (default: that of .venv here, if
+# there is one), PORT the coordinator's port (default: a free one).
 set -uo pipefail
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
@@ -12,7 +13,9 @@ if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 count=$1
 shift
-python=${PYTHON:-python}
+venv=python
+if [ -x .venv/bin/python ]; then venv=.venv/bin/python; fi
+python=${PYTHON:-$venv}
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
