@@ -83,8 +83,8 @@ def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
 
 def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) -> str:
     columns = (
-        "bits per byte, whole documents",
-        "held-out loss in training",
+        "bits per byte",
+        "held-out loss",
         "parameters",
         "tokens",
         "tokens per second",
@@ -101,7 +101,10 @@ def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) 
             change = f" ({value / base - 1:+.1%})" if value is not None and base else ""
             cells.append(f'<td class="number">{escape(text + change)}</td>')
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    note = '<p class="note">Bits per byte are those of train.evaluate. Differences are left out where the data are not the same.</p>'
+    note = (
+        '<p class="note">Bits per byte: of whole documents, by train.evaluate. Held-out loss: of rows, at the end of training. '
+        "Differences of both are left out where the data differ.</p>"
+    )
     return note + f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
