@@ -15,7 +15,7 @@ TESTS ?=
 .PHONY: help demo test lint format types bench clean
 
 help:
-	@echo "make demo               train a small byte-level Mamba on real text, evaluate, generate, export (TEXT=path for your own)"
+	@echo "make demo               train a small byte-level Mamba-2 on real text, evaluate, generate, export (TEXT=path for your own)"
 	@echo "make test               the test suite, PyTorch parity included (TESTS='tests/ops -k ssd' for a part)"
 	@echo "make lint types         ruff and mypy"
 	@echo "make bench              speed beside PyTorch on this machine"
