@@ -85,7 +85,7 @@ def _guard_seconds() -> float:
             times.append(time.perf_counter() - started)
         return statistics.median(times[5:])
 
-    return seconds(guarded, learning_rate=jnp.float32(1e-3)) - seconds(plain)
+    return max(0.0, seconds(guarded, learning_rate=jnp.float32(1e-3)) - seconds(plain))
 
 
 def _save_seconds(folder: Path) -> float:
