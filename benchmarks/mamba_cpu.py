@@ -1,6 +1,6 @@
 """Mamba and Mamba-2 on a CPU beside transformers, on the same weights, in one process.
 
-    python -m benchmarks.mamba_cpu [--quick]
+    python -m benchmarks.mamba_cpu [--quick] [--rounds N]
 
 Training: one whole step (loss, gradients, clipping, AdamW) at batch 4 x 512. Decoding: greedy, 128 tokens after a prompt of 16,
 prefill included, batch 1 and 8. Before anything is timed the logits, the losses and the greedy tokens of both sides are compared.
@@ -38,11 +38,12 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="3 rounds instead of 7, and no quadratic eager Mamba-1 step"
     )
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds (default 7)")
     parser.add_argument("--families", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    rounds = 3 if args.quick else 7
+    rounds = args.rounds or (3 if args.quick else 7)
     result: dict[str, Any] = {
         "conditions": conditions(torch_threads=2, dtype="float32", sizes=SIZES, batch=BATCH, length=LENGTH)
     }
