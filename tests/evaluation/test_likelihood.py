@@ -113,7 +113,7 @@ def test_the_script_scores_lambada(folder: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.torch  # the harness depends on it
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # theirs: the harness and what it imports warn of deprecations and open files
 def test_the_harness_runs_its_tasks_on_our_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import lm_eval
