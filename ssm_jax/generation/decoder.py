@@ -39,7 +39,11 @@ def make_decoder(model: LanguageModel, params: Params, unroll_limit: int = UNROL
 
 @functools.partial(jax.jit, static_argnames=("model", "apart"))
 def _make_decoder(model: LanguageModel, params: Params, apart: bool) -> Decoder:
-    layers = _unstack(params["layers"], model.config.n_layers) if apart else params["layers"]
+    layers = (
+        _unstack(params["layers"], registry.family_of(model.config).repeats(model.config))
+        if apart
+        else params["layers"]
+    )
     return Decoder({**params, "layers": layers}, model.readout(params).astype(model.config.dtype))
 
 
@@ -57,7 +61,7 @@ def decode_step(
     if isinstance(decoder.params["layers"], tuple):
         outside = {name: value for name, value in decoder.params.items() if name != "layers"}
         layers = decoder.params["layers"]
-        output = model.apply({"params": outside}, token_B[:, None], state, layers, method=_unrolled)
+        output = model.apply({"params": outside}, token_B[:, None], state, layers, method="features_of_layers")
     else:
         output = model.apply({"params": decoder.params}, token_B[:, None], state, method="features")
     features_B1D, state = output
@@ -68,19 +72,6 @@ def logits_of(model: LanguageModel, decoder: Decoder, features_BD: Float[Array, 
     """float32 logits over the real vocabulary."""
     logits_BV = jnp.einsum("bd,dv->bv", features_BD, decoder.readout_DV, preferred_element_type=jnp.float32)
     return logits_BV[:, : model.config.vocab_size]
-
-
-def _unrolled(
-    model: LanguageModel, tokens_BL: Int[Array, "B L"], state: LMState, layers: tuple[Params, ...]
-) -> tuple[Float[Array, "B L D"], LMState]:
-    """``LanguageModel.features`` for layers held apart."""
-    layer = registry.family_of(model.config).layer(model.config)
-    h_BLD = model.embed(tokens_BL)
-    states = []
-    for params, layer_state in zip(layers, state.layers, strict=True):
-        h_BLD, layer_state = layer.apply({"params": params}, h_BLD, layer_state, None)
-        states.append(layer_state)
-    return model.norm_f(h_BLD), LMState(layers=tuple(states), position=state.position + tokens_BL.shape[1])
 
 
 def _unstack(stacked: PyTree, n_layers: int) -> tuple[PyTree, ...]:

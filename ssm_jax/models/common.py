@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+from flax import linen as nn
+
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not below ``value``."""
@@ -24,3 +27,18 @@ def require_rate(dropout: float) -> None:
 def published(d_model: int, n_layers: int) -> dict[str, Any]:
     """Fields of a size published by state-spaces: trained with the GPT-NeoX tokenizer, everything else as by default."""
     return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}
+
+
+def kinds(config: Any) -> dict[str, Any]:
+    """The types that modules compute in and store parameters in."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def rms_norm(config: Any) -> nn.Module:
+    """RMSNorm over the model's width."""
+    return nn.RMSNorm(config.norm_eps, **kinds(config))
+
+
+def layer_norm(config: Any) -> nn.Module:
+    """LayerNorm over the model's width; the variance in two passes, because E[x^2] - E[x]^2 loses digits."""
+    return nn.LayerNorm(config.norm_eps, use_fast_variance=False, **kinds(config))

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ssm_jax.nn.state import LMState
+
 
 def check_inputs(tokens: Array, positions: Array | None, rows: int) -> None:
     """Shapes and types always; values where they can be read, outside ``jit``.
@@ -36,6 +38,26 @@ def check_inputs(tokens: Array, positions: Array | None, rows: int) -> None:
                 f"positions: row {broken[0]} has a present token after an absent one (-1); absent ones stand at the end of a row. "
                 "For padding on the left give every pad position 0."
             )
+
+
+def check_length(tokens: Array, positions: Array | None, state: LMState | None, limit: int | None) -> None:
+    """That a model with a limited context does not read beyond it: always where shapes tell, else where values can be read.
+
+    Raises:
+        ValueError: a document longer than the limit.
+    """
+    if limit is None:
+        return
+    if positions is not None:
+        longest = int(np.max(np.asarray(positions), initial=-1)) + 1 if _readable(positions) else 0
+    else:
+        start = state.position if state is not None else jnp.zeros((1,), jnp.int32)
+        longest = tokens.shape[1] + (int(np.max(np.asarray(start), initial=0)) if _readable(start) else 0)
+    if longest > limit:
+        raise ValueError(
+            f"A document of {longest} tokens is longer than the {limit} positions of this model; cut it into pieces of at most "
+            f"{limit} tokens, each with positions from 0."
+        )
 
 
 def _readable(array: object) -> bool:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ssm_jax.models import registry
-from ssm_jax.models.inputs import check_inputs
+from ssm_jax.models.inputs import check_inputs, check_length
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
@@ -34,17 +34,19 @@ class LanguageModel(nn.Module):
     unroll: int = 1
 
     def setup(self) -> None:
-        config = self.config
+        config, family = self.config, registry.family_of(self.config)
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        self.embed = nn.Embed(
-            config.padded_vocab_size,
-            config.d_model,
-            dtype=jnp.float32 if config.residual_in_fp32 else dtype,
-            param_dtype=param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
-        )
-        self.layers = registry.family_of(config).layer(config)
-        self.norm_f = nn.RMSNorm(config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        table: dict[str, Any] = {
+            "dtype": jnp.float32 if config.residual_in_fp32 else dtype,
+            "param_dtype": param_dtype,
+            "embedding_init": nn.initializers.normal(family.embedding_std),
+        }
+        self.embed = nn.Embed(config.padded_vocab_size, config.d_model, **table)
+        limit = family.context_limit(config)
+        if limit is not None:
+            self.embed_position = nn.Embed(limit, config.d_model, **table)
+        self.layers = family.layer(config)
+        self.norm_f = family.final_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Dense(
                 config.padded_vocab_size,
@@ -93,26 +95,54 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Activations, LMState]:
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
-        rows = self.config.padded_vocab_size
-        check_inputs(tokens, positions, rows)
-        batch, length = tokens.shape
-        known = (tokens >= 0) & (tokens < rows)
+        family = registry.family_of(self.config)
+        check_inputs(tokens, positions, self.config.padded_vocab_size)
+        check_length(tokens, positions, state, family.context_limit(self.config))
+        h_BLD, position_B = self._embedded(tokens, state, positions)
         h_BLD, layer_states = scan_layers(
             self.layers,
-            self.embed(jnp.where(known, tokens, rows)),  # beyond the table is NaN
+            h_BLD,
             state.layers if state else None,
             positions,
             deterministic,
-            n_layers=self.config.n_layers,
+            n_layers=family.repeats(self.config),
             remat=self.config.remat,
             unroll=self.unroll,
         )
-        start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
-        position_B = positions_lib.next_positions(start_B, length, positions)
-        features_BLD = self.norm_f(h_BLD)
+        features_BLD = self._normed(h_BLD)
         if self.is_initializing() and not self.config.tie_embeddings:
             self.head(features_BLD[:, :1])
         return features_BLD, LMState(layers=layer_states, position=position_B)
+
+    @nn.nowrap  # the layer made here is no part of this module
+    def features_of_layers(
+        self, tokens: Tokens, state: LMState, layers: tuple[Params, ...]
+    ) -> tuple[Activations, LMState]:
+        """``features`` with the parameters, and the state, of each repetition of the layer held apart. For decoding."""
+        layer = registry.family_of(self.config).layer(self.config)
+        h_BLD, position_B = self._embedded(tokens, state, None)
+        states = []
+        for params, layer_state in zip(layers, state.layers, strict=True):
+            h_BLD, layer_state = layer.apply({"params": params}, h_BLD, layer_state, None)
+            states.append(layer_state)
+        return self._normed(h_BLD), LMState(layers=tuple(states), position=position_B)
+
+    def _embedded(
+        self, tokens: Tokens, state: LMState | None, positions: Positions | None
+    ) -> tuple[Activations, Int[Array, "B"]]:
+        """The stream that enters the first layer, and the position after the last token. Beyond a table is NaN."""
+        batch, length = tokens.shape
+        rows = self.config.padded_vocab_size
+        known = (tokens >= 0) & (tokens < rows)
+        h_BLD = self.embed(jnp.where(known, tokens, rows))
+        start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
+        if registry.family_of(self.config).context_limit(self.config) is not None:
+            place_BL = positions_lib.resolve(start_B, length, positions)
+            h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
+        return h_BLD, positions_lib.next_positions(start_B, length, positions)
+
+    def _normed(self, h_BLD: Activations) -> Activations:
+        return h_BLD.astype(self.config.dtype) if self.norm_f is None else self.norm_f(h_BLD)
 
     def _logits(self, features_BLD: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
         if not self.config.tie_embeddings:
@@ -123,8 +153,11 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> LMState:
         """The state before any token: zeros, of a size that does not depend on how much will be read."""
-        layer = registry.family_of(self.config).layer(self.config).init_state(batch_size)
-        return LMState(layers=stack_layers(layer, self.config.n_layers), position=jnp.zeros((batch_size,), jnp.int32))
+        family = registry.family_of(self.config)
+        layer = family.layer(self.config).init_state(batch_size)
+        return LMState(
+            layers=stack_layers(layer, family.repeats(self.config)), position=jnp.zeros((batch_size,), jnp.int32)
+        )
 
     @nn.nowrap
     def readout(self, params: Params) -> Float[Array, "D V"]:

@@ -4,10 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import jax.numpy as jnp
-from flax import linen as nn
-
-from ssm_jax.models.common import published, require, require_rate, round_up
+from ssm_jax.models.common import kinds, published, require, require_rate, rms_norm, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba
 
@@ -70,7 +67,6 @@ class MambaConfig:
 
 def layer(config: MambaConfig) -> Block:
     """The repeating unit: h + Mamba(RMSNorm(h))."""
-    kinds: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
     mixer = Mamba(
         d_inner=config.d_inner,
         dt_rank=config.dt_rank_resolved,
@@ -85,9 +81,9 @@ def layer(config: MambaConfig) -> Block:
         dt_scale=config.dt_scale,
         out_init_scale=config.n_layers**-0.5,
         chunk_size=config.chunk_size,
-        **kinds,
+        **kinds(config),
     )
-    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer, dropout=config.dropout)
+    return Block(norm=rms_norm(config), mixer=mixer, dropout=config.dropout)
 
 
 def flops_per_token(config: MambaConfig, context: int) -> float:

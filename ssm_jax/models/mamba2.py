@@ -3,10 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-import jax.numpy as jnp
-from flax import linen as nn
-
-from ssm_jax.models.common import published, require, require_rate, round_up
+from ssm_jax.models.common import kinds, published, require, require_rate, rms_norm, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba2
 
@@ -72,7 +69,6 @@ class Mamba2Config:
 
 def layer(config: Mamba2Config) -> Block:
     """The repeating unit: h + Mamba2(RMSNorm(h))."""
-    kinds: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
     mixer = Mamba2(
         d_inner=config.d_inner,
         d_state=config.d_state,
@@ -89,9 +85,9 @@ def layer(config: Mamba2Config) -> Block:
         A_init_range=config.A_init_range,
         out_init_scale=config.n_layers**-0.5,
         chunk_size=config.chunk_size,
-        **kinds,
+        **kinds(config),
     )
-    return Block(norm=nn.RMSNorm(config.norm_eps, **kinds), mixer=mixer, dropout=config.dropout)
+    return Block(norm=rms_norm(config), mixer=mixer, dropout=config.dropout)
 
 
 def flops_per_token(config: Mamba2Config, context: int) -> float:

@@ -9,20 +9,27 @@ from flax import linen as nn
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
 from ssm_jax.models import mamba, mamba2
+from ssm_jax.models.common import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What the shell needs of a family.
 
-    config: its frozen dataclass. layer: the unit that is stacked and scanned. presets: name -> config fields.
+    config: its frozen dataclass. layer: the unit that is stacked and scanned, ``repeats`` times. presets: name -> config fields.
     flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
+    final_norm: what stands between the last layer and the head; None for nothing. embedding_std: of the new token table.
+    context_limit: rows of the table of learned positions, which no document may exceed; None where there is none.
     """
 
     config: type
     layer: Callable[[Any], nn.Module]
     presets: Mapping[str, Mapping[str, Any]]
     flops_per_token: Callable[[Any, int], float]
+    repeats: Callable[[Any], int] = lambda config: int(config.n_layers)
+    final_norm: Callable[[Any], nn.Module | None] = rms_norm
+    embedding_std: float = 0.02
+    context_limit: Callable[[Any], int | None] = lambda config: None
 
 
 FAMILIES: dict[str, Family] = {

@@ -16,6 +16,11 @@ def lengths(positions: Positions | None) -> Lengths | None:
     return None if positions is None else jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
 
 
+def resolve(start: Int[Array, "B"], length: int, positions: Positions | None) -> Positions:
+    """The position of every token: as given, or going on from ``start``."""
+    return start[:, None] + jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+
+
 def next_positions(start: Int[Array, "B"], length: int, positions: Positions | None) -> Int[Array, "B"]:
     """Position of the token that would follow: the last present one plus one; unchanged where none is present."""
     count = lengths(positions)
