@@ -40,6 +40,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "group_state": None,
     "window": None,
     "head_dim": None,
+    "parts": None,
+    "bottleneck": None,
 }
 """Logical axis -> mesh axis. ``inner`` is a mixer's channels or heads: an axis of size E or H."""
 
@@ -47,8 +49,8 @@ _MIXER = r"layers/mixer/"
 PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"head/kernel", ("embed", "vocab")),
-    (r"norm_f/scale", ("norm",)),
-    (r"layers/norm/scale", ("layers", "norm")),
+    (r"norm_f/(scale|bias)", ("norm",)),
+    (r"layers/norm/(scale|bias)", ("layers", "norm")),
     (_MIXER + r"in_proj/kernel", ("layers", "embed", None, "inner")),
     (_MIXER + r"in_proj/bias", ("layers", None, "inner")),
     (_MIXER + r"out_proj/kernel", ("layers", "inner", "embed")),
@@ -67,6 +69,13 @@ PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (_MIXER + r"(dt_bias|D|A_log)", ("layers", "inner")),
     (_MIXER + r"A_log", ("layers", "inner", "state")),
     (_MIXER + r"norm/scale", ("layers", "inner")),
+    (_MIXER + r"(u_proj|v_proj)/kernel", ("layers", "embed", "inner")),
+    (_MIXER + r"gate_proj/kernel", ("layers", "bottleneck", "inner")),
+    (_MIXER + r"dss_norm/(scale|bias)", ("layers", "inner")),
+    (_MIXER + r"(Lambda_real|Lambda_imag)", ("layers", "state")),
+    (_MIXER + r"(C_real|C_imag)", ("layers", "inner", "state")),
+    (_MIXER + r"coefficients", ("layers", "inner", "parts", "state")),
+    (_MIXER + r"kernel", ("layers", "taps", "inner")),
 )
 """(pattern, logical axes). A leaf takes the one entry whose pattern ends its path and whose number of axes is its own."""
 

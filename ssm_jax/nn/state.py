@@ -52,6 +52,17 @@ class Mamba2State:
 
 
 @struct.dataclass
+class DSSState:
+    """State of a diagonal state space, float32.
+
+    ssm: X, real and imaginary parts, [B, H, 2, N].
+    """
+
+    ssm: Any
+    AXES: ClassVar[dict[str, Axes]] = {"ssm": ("batch", "inner", "parts", "state")}
+
+
+@struct.dataclass
 class LMState:
     """State of a language model.
 

@@ -23,7 +23,7 @@ ACCELERATOR_CHUNK_SIZE = 256
 
 
 def linear_recurrence(
-    a: Inexact[Array, "B L *rest"],
+    a: Inexact[Array, "#B L *#rest"],
     b: Inexact[Array, "B L *rest"],
     state: Inexact[Array, "B *rest"] | None = None,
     reset: Reset | None = None,
@@ -33,6 +33,8 @@ def linear_recurrence(
     chunk_size: int | None = None,
 ) -> tuple[Inexact[Array, "B L *rest"], Inexact[Array, "B *rest"]]:
     """Runs h_t = a_t * h_{t-1} + b_t over axis 1, from h_0 = ``state`` (zeros if None).
+
+    Axes of ``a`` may have size 1 where ``b`` has more, but for the length; such an ``a`` is never copied.
 
     ``reverse`` runs from the last token to the first: h_t = a_t * h_{t+1} + b_t. Where ``reset`` is True, h_t = b_t: the first
     token of a document, in the direction of the recurrence.
@@ -142,7 +144,13 @@ def _backward(
         h_previous = jnp.concatenate([state[:, None], h[:, :-1]], axis=1)
     g = _differentiable(not reverse, implementation, chunk_size, a_next, dh, jnp.zeros_like(state))
     first = -1 if reverse else 0
-    return g * h_previous, g, a[:, first] * g[:, first]
+    return _sum_to(g * h_previous, a.shape), g, a[:, first] * g[:, first]
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of an array of this shape that was broadcast to that of ``x``."""
+    spread = tuple(axis for axis, size in enumerate(shape) if size != x.shape[axis])
+    return jnp.sum(x, axis=spread, keepdims=True) if spread else x
 
 
 _differentiable.defvjp(_forward, _backward)
