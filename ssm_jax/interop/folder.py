@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop.safetensors_file import read_safetensors, write_safetensors
@@ -24,6 +25,8 @@ WEIGHT_FILES = (
     "model.pt",
 )
 """Where weights are looked for, in this order."""
+WeightFile = Literal["safetensors", "pytorch_model.bin", "model.pt"]
+_STRING_OR_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])')
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
@@ -43,14 +46,14 @@ def open_weight_file(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], kind: str, max_shard_bytes: int) -> list[str]:
-    """Writes the tensors as "safetensors" (in shards with an index when larger than asked) or "torch" (one file).
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], kind: WeightFile, max_shard_bytes: int) -> list[str]:
+    """Writes the tensors as "safetensors" (in shards with an index when larger than asked) or as one pickled file of PyTorch's.
 
     Returns the names of the files.
     """
-    if kind == "torch":
-        write_torch(folder / "pytorch_model.bin", tensors)
-        return ["pytorch_model.bin"]
+    if kind != "safetensors":
+        write_torch(folder / kind, tensors)
+        return [kind]
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", tensors)
@@ -65,9 +68,10 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], kind: str, max_sh
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises LayoutError naming the file."""
+    """The JSON object in a file, trailing commas allowed (a published config has one); raises LayoutError naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(_STRING_OR_TRAILING_COMMA.sub(lambda found: found[1] or "", text))
     except OSError as error:
         raise LayoutError(f"{path} cannot be read ({error.strerror}); a folder of weights needs it.") from error
     except ValueError as error:

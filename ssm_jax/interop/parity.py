@@ -45,8 +45,8 @@ def _wanted(layout: Layout, parameters: int, check: bool | None) -> str | None:
         return "not asked for"
     if layout.torch_logits is None:
         reason = "the original package needs a GPU"
-    elif not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        reason = "torch and transformers are not installed"
+    elif not all(importlib.util.find_spec(name) for name in layout.packages):
+        reason = f"{' and '.join(layout.packages)} are not installed"
     elif check is None and parameters >= _CHECKED_BY_DEFAULT:
         return "a large model; ask for it with check=True (--check)"
     else:
@@ -73,7 +73,7 @@ def _compare(folder: Path, layout: Layout, model: LanguageModel, params: Params,
         )
     return {
         "compared": True,
-        "with": ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")),
+        "with": ", ".join(f"{name} {metadata.version(name)}" for name in layout.packages),
         "tokens": list(_TOKENS),
         "largest_logit": largest,
         "largest_difference": difference,

@@ -13,7 +13,7 @@ from flax import traverse_util
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native, parity, tokenizer_files
 from ssm_jax.interop.folder import new_folder, open_weights, read_json, refuse_existing, write_json, write_weights
-from ssm_jax.interop.layouts import Layout, detect, writable
+from ssm_jax.interop.layouts import Layout, detect, nearest, writable
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.interop.tensor import Tensor, raw_bytes
 from ssm_jax.interop.tensor_map import to_params, to_tensors
@@ -68,7 +68,7 @@ def from_pretrained(
     except LayoutError as error:
         read_as = f"{source.layout.family} in the layout {source.layout.name!r}"
         corrected = f" with {OURS}" if (path / OURS).is_file() else ""
-        raise LayoutError(f"{path}, read as {read_as}{corrected}: {error}") from error
+        raise LayoutError(f"{path}, read as {read_as}{corrected}: {error}{_hint(source)}") from error
 
 
 def model_of(path: str | Path) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def open_folder(path: Path, **config_overrides: Any) -> Source:
         raise LayoutError(f"{path / layout.config_file}: {error}") from error
     if (path / OURS).is_file():
         fields |= read_json(path / OURS).get("config", {})
-    fields["tie_embeddings"], tensors = _resolve_head(path, layout, fields["tie_embeddings"], tensors)
+    fields |= layout.infer(fields, tensors)
+    tied = bool(config_overrides.get("tie_embeddings", fields["tie_embeddings"]))
+    fields["tie_embeddings"], tensors = _resolve_head(path, layout, tied, tensors)
     config = config_from_dict({"family": layout.family, **fields})
     return Source(layout, build(config, **config_overrides), tensors)
 
@@ -153,6 +155,14 @@ def save_pretrained(
         write_json(folder / parity.REPORT, parity.report(folder, row, model, params, files, check))
 
 
+def _hint(source: Source) -> str:
+    """The layout whose tensors these look like, where it is another one."""
+    likely = nearest(source.tensors)
+    if likely is None or likely.family == source.layout.family:
+        return ""
+    return f" The tensors look like {likely.family} in the layout {likely.name!r}; is the config another model's?"
+
+
 def _with_dtype(dtype: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     if dtype is None:
         return overrides
@@ -181,7 +191,7 @@ def _canonical(path: Path, layout: Layout, found: Mapping[str, Tensor]) -> dict[
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
         plain = name.removeprefix(prefix)
-        plain = layout.aliases.get(plain, plain)
+        plain = layout.canonical(layout.aliases.get(plain, plain))
         if plain in tensors:
             raise LayoutError(f"{path} holds {plain!r} twice, once as {name!r}; remove one of the two.")
         tensors[plain] = tensor
@@ -222,7 +232,7 @@ def _published_tensors(row: Layout, model: LanguageModel, params: Params) -> dic
     tensors = to_tensors(row.tensors, params)
     if row.stores_tied_head and model.config.tie_embeddings:
         tensors[row.head] = tensors[row.embedding]
-    return tensors
+    return {row.spelling(model.config, name): tensor for name, tensor in tensors.items()}
 
 
 def _widest(tensors: Mapping[str, Tensor]) -> str:

@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import mamba, mamba2
+from ssm_jax.models import gss, mamba, mamba2
 from ssm_jax.models.common import rms_norm
+from ssm_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Family:
     flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
     final_norm: what stands between the last layer and the head; None for nothing. embedding_std: of the new token table.
     context_limit: rows of the table of learned positions, which no document may exceed; None where there is none.
+    derive: (config, params, length) -> params with more leaves, which follow from them alone and which the layers use in their
+    place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for single tokens.
+    aliases: other names of config fields.
     """
 
     config: type
@@ -30,11 +34,23 @@ class Family:
     final_norm: Callable[[Any], nn.Module | None] = rms_norm
     embedding_std: float = 0.02
     context_limit: Callable[[Any], int | None] = lambda config: None
+    derive: Callable[[Any, Params, int | None], Params] = lambda config, params, length: params
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
     "mamba": Family(mamba.MambaConfig, mamba.layer, mamba.PRESETS, mamba.flops_per_token),
     "mamba2": Family(mamba2.Mamba2Config, mamba2.layer, mamba2.PRESETS, mamba2.flops_per_token),
+    "gss": Family(
+        gss.GSSConfig,
+        gss.layer,
+        gss.PRESETS,
+        gss.flops_per_token,
+        final_norm=gss.final_norm,
+        embedding_std=1.0,
+        derive=gss.derive,
+        aliases=gss.ALIASES,
+    ),
 }
 
 PRESETS: dict[str, str] = {name: family for family, entry in FAMILIES.items() for name in entry.presets}
@@ -63,7 +79,17 @@ def make_config(name: str, **fields: Any) -> Any:
         family = FAMILIES[name]
     else:
         raise ConfigError(f"Model {name!r} is unknown; {config_lib.suggest(name, [*FAMILIES, *PRESETS])}")
-    return config_lib.from_dict(family.config, fields, "model.")
+    return config_lib.from_dict(family.config, _without_aliases(family, fields), "model.")
+
+
+def _without_aliases(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in fields.items():
+        own = family.aliases.get(name, name)
+        if own in plain:
+            raise ConfigError(f"Config keys 'model.{own}' and its other name are both set; keep one.")
+        plain[own] = value
+    return plain
 
 
 def config_from_dict(content: Mapping[str, Any]) -> Any:

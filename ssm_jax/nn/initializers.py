@@ -1,8 +1,8 @@
 """Initialisers that the published recipes use and Flax does not name."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +58,45 @@ def log_uniform_of(low: float, high: float) -> Initializer:
         return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high)).astype(dtype)
 
     return init
+
+
+class DSSModes(NamedTuple):
+    """Initialisers of a diagonal state space. readout: (Lambda_real, Lambda_imag) -> initialiser of C's two parts."""
+
+    rate: Initializer
+    frequency: Initializer
+    readout: Callable[[Array, Array], Initializer]
+    skip: Initializer
+
+
+def dss_modes(kind: str, memory: int, log_frequency: bool) -> DSSModes:
+    """How the modes of ``ops.dss`` begin: exp(Lambda_real) is the rate, exp(Lambda_imag) (or Lambda_imag) the frequency.
+
+    "reference": everything N(0, 1), as in the gated state-space paper: the slowest of 512 modes lasts for tens of tokens, and
+    with so many modes of unit size the output is large.
+    "slow": time constants log-uniform from 1 to ``memory`` tokens and frequencies from one turn in ``memory`` tokens to half a turn
+    per token, so that every scale has its modes (as S4D's initialisations); C such that each mode adds 1/N to the variance of
+    the output of white noise, sum_l |K_l|^2 = 1:  std = sqrt((1 - exp(-2 rate)) / N) / |(exp(lambda) - 1) / lambda|; D = 1.
+    """
+    if kind == "reference":
+        normal = nn.initializers.normal(1.0)
+        return DSSModes(normal, normal, lambda real, imag: normal, normal)
+
+    def rate(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return -jax.random.uniform(key, shape, dtype, 0.0, math.log(memory))
+
+    def frequency(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        log = jax.random.uniform(key, shape, dtype, math.log(2 * math.pi / memory), math.log(math.pi))
+        return log if log_frequency else jnp.exp(log)
+
+    def readout(real: Array, imag: Array) -> Initializer:
+        rate, turn = jnp.exp(real), jnp.exp(imag) if log_frequency else imag
+        hold = jnp.abs((jnp.exp(jax.lax.complex(-rate, turn)) - 1) / jax.lax.complex(-rate, turn))
+        std = jnp.sqrt(-jnp.expm1(-2 * rate) / real.shape[-1]) / hold
+
+        def init(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+            return (std * jax.random.normal(key, shape)).astype(dtype)
+
+        return init
+
+    return DSSModes(rate, frequency, readout, nn.initializers.ones)

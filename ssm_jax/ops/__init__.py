@@ -7,7 +7,7 @@ float32 states in and out, exact resets at document starts. ``explain(op)`` says
 from ssm_jax.ops.causal_conv import causal_conv
 from ssm_jax.ops.cross_entropy import cross_entropy, linear_cross_entropy, linear_token_nll
 from ssm_jax.ops.dispatch import explain, implementations
-from ssm_jax.ops.dss import convolution_kernel, dss
+from ssm_jax.ops.dss import convolution_kernel, dss, zero_order_hold
 from ssm_jax.ops.linear_recurrence import linear_recurrence
 from ssm_jax.ops.long_convolution import long_convolution
 from ssm_jax.ops.selective_scan import selective_scan
@@ -26,4 +26,5 @@ __all__ = [
     "long_convolution",
     "selective_scan",
     "ssd",
+    "zero_order_hold",
 ]

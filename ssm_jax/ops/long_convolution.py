@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ssm_jax.ops.fft import irfft, rfft
+
 _ALONE = -1
 
 
@@ -97,9 +99,9 @@ _convolution.defvjp(_forward, _backward)
 
 def _spectrum(x: Float[Array, "*rows L H"]) -> Array:
     """Over time, which comes last here: [*rows, H, points / 2 + 1]."""
-    return jnp.fft.rfft(jnp.swapaxes(x, -1, -2), fast_size(2 * x.shape[-2] - 1), axis=-1)
+    return rfft(jnp.swapaxes(x, -1, -2), fast_size(2 * x.shape[-2] - 1))
 
 
 def _signal(spectrum: Array, length: int) -> Float[Array, "*rows L H"]:
-    signal = jnp.fft.irfft(spectrum, fast_size(2 * length - 1), axis=-1)[..., :length]
+    signal = irfft(spectrum, fast_size(2 * length - 1))[..., :length]
     return jnp.swapaxes(signal, -1, -2)

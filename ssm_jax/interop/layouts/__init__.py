@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts import gss, mamba_ssm, mistral, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -20,6 +20,8 @@ LAYOUTS: tuple[Layout, ...] = (
     mamba_ssm.MAMBA,
     mamba_ssm.MAMBA2,
     mistral.MAMBA2,
+    gss.PACKAGE,
+    gss.PUBLISHED,
 )
 
 
@@ -32,12 +34,25 @@ def detect(folder: Path, names: Collection[str]) -> tuple[Layout, dict[str, Any]
             return row, contents[row.config_file]
     if not files:
         raise LayoutError(f"Folder {folder} has no config.json; it is needed beside the weights.")
-    content = contents[files[0]]
+    content, likely = contents[files[0]], nearest(names)
+    look = f" Its tensors look like {likely.family} in the layout {likely.name!r}." if likely else ""
     marks = {key: content[key] for key in ("model_type", "architectures", "ssm_cfg") if key in content}
     known = ", ".join(sorted({f"{row.family} in the layout {row.name!r}" for row in LAYOUTS}))
     raise LayoutError(
-        f"{folder / files[0]} describes no known model ({marks or 'no model_type'}); ssm_jax reads {known}."
+        f"{folder / files[0]} describes no known model ({marks or 'no model_type'}); ssm_jax reads {known}.{look}"
     )
+
+
+def nearest(names: Collection[str]) -> Layout | None:
+    """The layout of whose first layer most tensors are there, if it is at least half of them."""
+
+    def part(row: Layout) -> float:
+        canonical = {row.canonical(row.aliases.get(name, name)) for name in names}
+        wanted = {name.format(i=0) for name in row.tensors if "{i}" in name}
+        return len(wanted & canonical) / len(wanted)
+
+    best = max(LAYOUTS, key=part)
+    return best if part(best) >= 0.5 else None
 
 
 def writable(family: str, name: str | None) -> Layout:
@@ -52,4 +67,4 @@ def writable(family: str, name: str | None) -> Layout:
     return rows[name]
 
 
-__all__ = ["LAYOUTS", "Layout", "detect", "writable"]
+__all__ = ["LAYOUTS", "Layout", "detect", "nearest", "writable"]

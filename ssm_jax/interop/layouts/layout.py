@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ssm_jax.interop.folder import WeightFile
+from ssm_jax.interop.tensor import Tensor
 from ssm_jax.interop.tensor_map import TensorMap
 
 Json = Mapping[str, Any]
@@ -24,11 +26,15 @@ class Layout:
         raises LayoutError for what the format cannot say. None: the layout is only read.
     tensors: published names and how they are made of our leaves.
     aliases: other spellings of published names, old -> the one in ``tensors``.
+    canonical: the same for spellings that follow a rule, such as a wrapper's prefix.
+    spelling: (our config, name in ``tensors``) -> the name to write, where it depends on the model.
+    infer: (fields read, tensors under their canonical names) -> fields that the weights say better than the config does.
     embedding, head: published names of the token table and the head, for the rules of tied heads.
     differing_head: a folder that says tied and stores two different matrices is loaded untied, or refused, as the
         original does.
     stores_tied_head: whether a tied head is listed a second time.
     weights: kind of the weight file that the original reads.
+    packages: what ``torch_logits`` needs.
     load_in_torch: code that loads an exported folder, with ``{path}``.
     torch_logits: (folder, tokens) -> float32 logits of PyTorch on an exported folder; raises LayoutError when PyTorch
         reports missing or unexpected tensors. None when the original cannot run on a CPU.
@@ -45,7 +51,11 @@ class Layout:
     head: str
     differing_head: Literal["untie", "refuse"]
     stores_tied_head: bool
-    weights: Literal["safetensors", "torch"]
+    weights: WeightFile
     load_in_torch: str
     config_file: str = "config.json"
     torch_logits: Callable[[Path, np.ndarray], np.ndarray] | None = None
+    packages: tuple[str, ...] = ("torch", "transformers")
+    canonical: Callable[[str], str] = lambda name: name
+    spelling: Callable[[Any, str], str] = lambda config, name: name
+    infer: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]] = lambda fields, tensors: {}

@@ -196,7 +196,7 @@ def _layout(
         head=HEAD,
         differing_head="refuse",
         stores_tied_head=True,
-        weights="torch",
+        weights="pytorch_model.bin",
         load_in_torch=_LOAD,
         torch_logits=lambda folder, tokens: _torch_logits(family, folder, tokens),
     )

@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.state import DSSState
-from ssm_jax.ops import convolution_kernel, dss
+from ssm_jax.ops import convolution_kernel, dss, zero_order_hold
 from ssm_jax.typing import Activations, Params, Positions
-
-COEFFICIENTS, KERNEL = "coefficients", "kernel"
-"""Names of what follows from the parameters alone; see ``derive``."""
 
 
 class GatedStateSpace(nn.Module):
@@ -30,8 +27,7 @@ class GatedStateSpace(nn.Module):
     Attributes:
         d_inner: F, width of u. d_dss: H, width of v. n_modes: N, shared by all channels.
         imag_exp: whether Lambda_imag is the frequency's logarithm, or the frequency.
-        init: "reference" draws all of Lambda, C, D from N(0, 1), as the original; "slow" spreads the time constants log-uniformly up to
-            ``memory`` tokens, with C of such a size that y has the variance of s.
+        modes_init, memory: see ``initializers.dss_modes``.
         accurate: phases reduced in float64, and exp(lambda) - 1 without cancellation. For modes that last for thousands of
             tokens; the original's float32 formulas differ there.
         chunk_size: speed and memory only.
@@ -41,7 +37,7 @@ class GatedStateSpace(nn.Module):
     d_dss: int
     n_modes: int
     imag_exp: bool = True
-    init: str = "reference"
+    modes_init: str = "reference"
     memory: int = 4096
     accurate: bool = False
     chunk_size: int | None = None
@@ -60,12 +56,11 @@ class GatedStateSpace(nn.Module):
     ) -> tuple[Activations, DSSState]:
         def linear(features: int, name: str, bias: bool = False) -> nn.Dense:
             kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-            fan_in = self.d_inner if bias else 1
             return nn.Dense(
                 features,
                 use_bias=bias,
                 kernel_init=initializers.torch_linear,
-                bias_init=initializers.uniform(fan_in**-0.5),
+                bias_init=initializers.uniform(self.d_inner**-0.5),
                 name=name,
                 **kinds,
             )
@@ -82,14 +77,59 @@ class GatedStateSpace(nn.Module):
         norm = nn.LayerNorm(
             self.norm_eps, use_fast_variance=False, dtype=jnp.float32, param_dtype=self.param_dtype, name="dss_norm"
         )
-        draw = initializers.dss(self.init, self.memory, self.imag_exp)
-        modes, channels = (self.n_modes,), (self.d_dss, self.n_modes)
-        raw = {
-            "Lambda_real": self.param("Lambda_real", draw["Lambda_real"], modes, self.param_dtype),
-            "Lambda_imag": self.param("Lambda_imag", draw["Lambda_imag"], modes, self.param_dtype),
-        }
-        C_scale = initializers.dss_scale(self.init, raw, self.imag_exp)
-        raw["C_real"] = self.param("C_real", initializers.scaled_normal(C_scale), channels, self.param_dtype)
-        raw["C_imag"] = self.param("C_imag", initializers.scaled_normal(C_scale), channels, self.param_dtype)
-        D_H = self.param("D", draw["D"], (self.d_dss,), self.param_dtype)
-        return self.run(norm(v_BLH), raw, D_H, state, positions)
+        modes, channels, stored = (self.n_modes,), (self.d_dss, self.n_modes), self.param_dtype
+        draw = initializers.dss_modes(self.modes_init, self.memory, self.imag_exp)
+        Lambda_real_N = self.param("Lambda_real", draw.rate, modes, stored)
+        Lambda_imag_N = self.param("Lambda_imag", draw.frequency, modes, stored)
+        draw_C = draw.readout(Lambda_real_N, Lambda_imag_N)
+        C_real_HN = self.param("C_real", draw_C, channels, stored)
+        C_imag_HN = self.param("C_imag", draw_C, channels, stored)
+        D_H = self.param("D", draw.skip, (self.d_dss,), stored)
+        derived = self.variables["params"]
+        c_H2N = derived.get("coefficients")
+        if c_H2N is None:
+            c_H2N = zero_order_hold(
+                Lambda_real_N,
+                Lambda_imag_N,
+                C_real_HN,
+                C_imag_HN,
+                log_frequency=self.imag_exp,
+                accurate=self.accurate,
+            )
+        y_BLH, ssm = dss(
+            norm(v_BLH),
+            jnp.exp(Lambda_real_N.astype(jnp.float32)),
+            Lambda_imag_N,
+            c_H2N,
+            D_H,
+            state.ssm if state else None,
+            positions_lib.resets(positions),
+            kernel_TH=derived.get("kernel"),
+            lengths=positions_lib.lengths(positions),
+            log_frequency=self.imag_exp,
+            exact_phase=self.accurate,
+            chunk_size=self.chunk_size,
+        )
+        return y_BLH, DSSState(ssm=ssm)
+
+
+def derive(layers: Params, *, imag_exp: bool, accurate: bool, length: int | None) -> Params:
+    """The stacked parameters of a mixer with what follows from them alone, so that it is computed once and used many times.
+
+    ``coefficients`` [n, H, 2, N] are c; ``kernel`` [n, length, H] is the convolution's, left out where ``length`` is None. Whoever
+    differentiates with respect to the result must pull the gradient back through this function.
+    """
+    names = ("Lambda_real", "Lambda_imag", "C_real", "C_imag")
+
+    def of_layer(*arrays: Array) -> Params:
+        real_N, imag_N, C_real_HN, C_imag_HN = arrays
+        c_H2N = zero_order_hold(real_N, imag_N, C_real_HN, C_imag_HN, log_frequency=imag_exp, accurate=accurate)
+        made = {"coefficients": c_H2N}
+        if length is not None:
+            rate_N = jnp.exp(real_N.astype(jnp.float32))
+            made["kernel"] = convolution_kernel(
+                rate_N, imag_N, c_H2N, length, log_frequency=imag_exp, exact_phase=accurate
+            )
+        return made
+
+    return {**layers, **jax.vmap(of_layer)(*(layers[name] for name in names))}

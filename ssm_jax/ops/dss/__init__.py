@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ssm_jax.ops import dispatch
 from ssm_jax.ops.dss import xla
 from ssm_jax.ops.dss.inputs import Inputs
-from ssm_jax.ops.dss.powers import Modes, powers
+from ssm_jax.ops.dss.powers import Modes, powers, zero_order_hold
 from ssm_jax.ops.dss.reference import reference
 from ssm_jax.ops.resets import clear
 from ssm_jax.typing import Lengths, Reset
@@ -99,3 +99,6 @@ def convolution_kernel(
 ) -> Float[Array, "T H"]:
     """K_t = Re(sum_n c_n exp(lambda_n t)), t = 0 .. length - 1; it depends on parameters alone."""
     return xla.kernel(powers(Modes(rate_N, frequency_N, log_frequency, exact_phase), length), c_H2N)
+
+
+__all__ = ["convolution_kernel", "dss", "zero_order_hold"]

@@ -81,3 +81,32 @@ def _cos_sin_jvp(
     d_angle = t.astype(frequency.dtype)[..., None] * d_frequency
     d_angle = d_angle * jnp.exp(frequency) if log_frequency else d_angle
     return (cos, sin), (-sin * d_angle, cos * d_angle)
+
+
+def zero_order_hold(
+    Lambda_real_N: Float[Array, "N"],
+    Lambda_imag_N: Float[Array, "N"],
+    C_real_HN: Float[Array, "H N"],
+    C_imag_HN: Float[Array, "H N"],
+    *,
+    log_frequency: bool = True,
+    accurate: bool = False,
+) -> Float[Array, "H 2 N"]:
+    """c = C (exp(lambda) - 1) / lambda, lambda = -exp(Lambda_real) + i exp(Lambda_imag) (or i Lambda_imag): step 1, input map 1.
+
+    ``accurate``: exp(lambda) - 1 without cancellation. As in the original, that is the plain difference else, which has lost 1e-3
+    of itself where |lambda| is 1e-5.
+    """
+    wide = jnp.promote_types(Lambda_real_N.dtype, jnp.float32)
+    real, imag, C_real, C_imag = (x.astype(wide) for x in (Lambda_real_N, Lambda_imag_N, C_real_HN, C_imag_HN))
+    rate, frequency = jnp.exp(real), jnp.exp(imag) if log_frequency else imag
+    decay = jnp.exp(-rate)
+    if accurate:
+        growth_re = jnp.expm1(-rate) * jnp.cos(frequency) - 2 * jnp.square(jnp.sin(frequency / 2))
+    else:
+        growth_re = decay * jnp.cos(frequency) - 1
+    growth_im = decay * jnp.sin(frequency)
+    size = jnp.square(rate) + jnp.square(frequency)
+    hold_re = (-growth_re * rate + growth_im * frequency) / size
+    hold_im = (-growth_im * rate - growth_re * frequency) / size
+    return jnp.stack([C_real * hold_re - C_imag * hold_im, C_real * hold_im + C_imag * hold_re], axis=-2)

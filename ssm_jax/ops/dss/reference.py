@@ -28,5 +28,5 @@ def reference(inputs: Inputs) -> tuple[Float[Array, "B L H"], Float[Array, "B H 
         y_t = jnp.sum(c[:, 0] * new[:, :, 0] - c[:, 1] * new[:, :, 1], axis=-1) + inputs.D_H * s_t
         return jnp.where(none[:, None, None, None], X, new), y_t
 
-    X, y = lax.scan(step, start, tuple(jnp.moveaxis(x, 1, 0) for x in (s, resets, absent)))
+    X, y = lax.scan(step, start, (jnp.moveaxis(s, 1, 0), resets.T, absent.T))
     return jnp.moveaxis(y, 0, 1), X

@@ -43,13 +43,13 @@ def forward(inputs: Inputs, *, chunk_size: int) -> Result:
         padding = [(0, 0), (0, chunks * chunk_size - length)]
         s = jnp.where(present[..., None], jnp.pad(s, [*padding, (0, 0)]), 0)
         reset = None if reset is None else jnp.pad(reset, padding) & present
-    s, reset, present = (
-        None if x is None else x.reshape(batch, chunks, chunk_size, *x.shape[2:]) for x in (s, reset, present)
-    )
+    s = s.reshape(batch, chunks, chunk_size, width)
+    reset, present = (None if x is None else x.reshape(batch, chunks, chunk_size) for x in (reset, present))
     table = powers(inputs.modes, chunk_size + 1)
-    short = inputs.kernel_TH is None or inputs.kernel_TH.shape[0] < chunk_size
-    first = kernel(table[:-1], inputs.c_H2N) if short else inputs.kernel_TH[:chunk_size]
-    y = long_convolution(s, first, reset) + inputs.D_H * s
+    known = inputs.kernel_TH
+    if known is None or known.shape[0] < chunk_size:
+        known = kernel(table[:-1], inputs.c_H2N)
+    y = long_convolution(s, known[:chunk_size], reset) + inputs.D_H * s
     entering, state = _states(inputs, s, reset, present, table)
     if entering is not None:
         read = _product("tpn,bchpn->bcth", table[1:], _conjugate(_times(inputs.c_H2N, entering)))
