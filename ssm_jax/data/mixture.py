@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_jax.data.shards import PackedDataset, open_dataset, read_manifest
+from ssm_jax.data.tokenizers import load_tokenizer, tokenizer_folder
 from ssm_jax.errors import DataError
 
 
@@ -68,3 +69,13 @@ def open_held_out(corpora: Sequence[tuple[str, float]]) -> Mixture | None:
     """The validation splits of those corpora that have one."""
     found = [(path, weight) for path, weight in corpora if "validation" in read_manifest(path).splits]
     return open_mixture(found, "validation") if found else None
+
+
+def require_same_tokenizer(data: Mixture, model: str, key: str) -> None:
+    """Raises DataError if the folder of a model, the value of the config key ``key``, has another tokenizer than the data."""
+    folder = tokenizer_folder(Path(model))
+    if folder is not None and load_tokenizer(folder).fingerprint != data.tokenizer.get("fingerprint"):
+        raise DataError(
+            f"Data {data.path} was prepared with another tokenizer than that of {key}={model}; prepare it with "
+            f"--tokenizer {folder}."
+        )

@@ -30,6 +30,14 @@ def read_model(path: Path) -> dict[str, Any]:
     return dict(store.read_info(checkpoint.find_checkpoint(path))["model"])
 
 
+def digest(path: Path) -> str:
+    """What changes when any file of the checkpoint that would be read does, or its frozen leaves."""
+    from ssm_jax import checkpoint
+    from ssm_jax.checkpoint import manifest
+
+    return manifest.digest(checkpoint.find_checkpoint(path))
+
+
 def read_native(path: Path, shardings: Any, overrides: dict[str, Any]) -> tuple[LanguageModel, Params]:
     """The model and parameters of a run folder or checkpoint; ``shardings`` and ``overrides`` as in ``from_pretrained``."""
     from ssm_jax import checkpoint

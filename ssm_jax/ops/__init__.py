@@ -7,6 +7,7 @@ float32 states in and out, exact resets at document starts. ``explain(op)`` says
 from ssm_jax.ops.causal_conv import causal_conv
 from ssm_jax.ops.cross_entropy import cross_entropy, linear_cross_entropy, linear_token_nll
 from ssm_jax.ops.dispatch import explain, implementations
+from ssm_jax.ops.distillation import linear_distillation
 from ssm_jax.ops.dss import convolution_kernel, dss, zero_order_hold
 from ssm_jax.ops.linear_recurrence import linear_recurrence
 from ssm_jax.ops.long_convolution import long_convolution
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "implementations",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_recurrence",
     "linear_token_nll",
     "long_convolution",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ssm_jax.config import apply_overrides, from_dict, read_yaml
 from ssm_jax.errors import ConfigError
@@ -106,6 +106,44 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another model with the same vocabulary, of any family, beside the data.
+
+    CE is the cross entropy with the data's next tokens, KL is temperature^2 KL(teacher || student), both per token.
+
+    teacher: a folder that ``from_pretrained`` reads, a run of ours included. temperature: divides the logits of both sides in KL.
+    mode: "alternate" takes CE and KL in turn, "mix" takes (1 - weight) CE + weight KL everywhere.
+    unit: what "alternate" counts, from the start of the run: even ones ("microbatch" or "update") take CE, odd ones KL.
+    weight: the share of KL in "mix".
+    copy_embeddings: begin with the teacher's token embeddings, and with its head where the student has one of its own; with
+    ``optim.freeze=[embed, head]`` they stay.
+    """
+
+    teacher: str
+    mode: Literal["alternate", "mix"] = "alternate"
+    unit: Literal["microbatch", "update"] = "microbatch"
+    weight: float = 0.5
+    temperature: float = 1.0
+    copy_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(
+                f"weight is {self.weight}; it must lie in [0, 1], 0 for the data alone and 1 for the teacher"
+            )
+        if self.mode == "alternate" and self.weight != 0.5:
+            raise ValueError(
+                f"weight is {self.weight} and mode is alternate, which has no weights; set mode=mix, or drop weight"
+            )
+        if self.mode == "mix" and self.unit != "microbatch":
+            raise ValueError(
+                f"unit is {self.unit} and mode is mix, which takes no turns; set mode=alternate, or drop unit"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Loss on the validation split. every: see Every; always at the end too. batches: at most so many, null for all."""
 
@@ -172,7 +210,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run. Model, data, optim, batch, seed and length are its identity; the rest may change on resume.
+    """Everything about a run. Model, teacher, data, optim, batch, seed and length are its identity; the rest may change on resume.
 
     model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. The
     default ``vocab_size`` is the tokenizer's. init_from: start from the weights of a folder that ``from_pretrained`` reads; then
@@ -185,6 +223,7 @@ class RunConfig:
     train: TrainConfig
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     init_from: str | None = None
+    distill: DistillConfig | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

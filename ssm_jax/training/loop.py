@@ -16,8 +16,8 @@ from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import batches
 from ssm_jax.errors import UserError
+from ssm_jax.training import distillation, saving, summary
 from ssm_jax.training import run as run_lib
-from ssm_jax.training import saving, summary
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.config import RunConfig, interval
 from ssm_jax.training.metrics import Meter, MetricsLog, require_trackers
@@ -27,8 +27,10 @@ from ssm_jax.training.samples import write_samples
 from ssm_jax.training.signals import StopRequest
 from ssm_jax.training.state import TrainState
 from ssm_jax.training.step import abstract_batch, compile_step, make_step
+from ssm_jax.training.teacher import load_teacher, tables_for
 from ssm_jax.training.tracing import Tracer
 from ssm_jax.training.validation import make_evaluation
+from ssm_jax.typing import Params
 
 _WARM_STEPS, _TIMED_STEPS = 2, 10
 
@@ -49,6 +51,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     run_lib.check_folder(run)
     restored = saving.restore(run.folder, shapes, frozen_shapes)
     params = run_lib.initial_params(run) if restored is None else None
+    teacher = load_teacher(run.teacher, mesh)
     run_lib.describe_in_folder(run)
     if restored is None:
         saving.begin(run)
@@ -71,15 +74,18 @@ def train(config: RunConfig) -> dict[str, Any]:
             progress.note(f"going on from step {meter.step} of {total_steps}")
 
         compile_started = time.monotonic()
-        step = make_step(model, config.optim, config.batch.microbatches, sharding.batch_parts(mesh))
+        objective = distillation.objective_of(run)
+        step = make_step(model, config.optim, config.batch.microbatches, sharding.batch_parts(mesh), objective)
         batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh)
-        train_step = compile_step(step, shapes, frozen_shapes, batch_shapes, mesh)
+        fixed_shapes = distillation.fixed(frozen_shapes, teacher)
+        train_step = compile_step(step, shapes, fixed_shapes, batch_shapes, mesh)
         compile_s = time.monotonic() - compile_started
         progress.note(f"compiled in {compile_s:.1f} s")
         if restored is None:
-            total_steps = _steps(config, run.data) or _steps_in_budget(train_step, run, progress)
-            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps, params)
-            params = None
+            total_steps = _steps(config, run.data) or _steps_in_budget(train_step, run, teacher, progress)
+            tables = tables_for(run.teacher, teacher)
+            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps, params, tables)
+            params = tables = None
             meter = Meter()
 
         evaluate = make_evaluation(run)
@@ -88,6 +94,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         tracer = stack.enter_context(Tracer(run.folder, config.train.profile))
         flops = summary.flops_per_step(run)
         rows = _rows(run, meter.rows)
+        fixed = distillation.fixed(frozen, teacher)
         scores: dict[str, float] = {}
         done = saved = meter.step
         unread = None  # metrics of the last step: read after the next one is on its way, so that the device never waits
@@ -106,7 +113,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             with meter.waiting("data_s"):
                 batch = sharding.put_batch(next(rows), mesh)
             tracer.before(done + 1)
-            state, metrics = train_step(state, frozen, batch)
+            state, metrics = train_step(state, fixed, batch)
             done += 1
             tracer.after(done, metrics)
             if unread is not None:
@@ -158,16 +165,18 @@ def _steps(config: RunConfig, data: Mixture) -> int | None:
     return config.train.steps
 
 
-def _steps_in_budget(train_step: jax.stages.Compiled, run: Run, progress: TrainingProgress) -> int:
+def _steps_in_budget(
+    train_step: jax.stages.Compiled, run: Run, teacher: Params | None, progress: TrainingProgress
+) -> int:
     """How many steps fit into ``train.time_budget_s``, from a few timed ones on a state that is thrown away."""
     state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1)
-    batch = sharding.put_batch(next(_rows(run, 0)), run.mesh)
+    fixed, batch = distillation.fixed(frozen, teacher), sharding.put_batch(next(_rows(run, 0)), run.mesh)
     started = 0.0
     for i in range(_WARM_STEPS + _TIMED_STEPS):
         if i == _WARM_STEPS:
             jax.block_until_ready(state)
             started = time.monotonic()
-        state, _ = train_step(state, frozen, batch)
+        state, _ = train_step(state, fixed, batch)
     jax.block_until_ready(state)
     step_s = (time.monotonic() - started) / _TIMED_STEPS
     budget = run.config.train.time_budget_s or 0.0

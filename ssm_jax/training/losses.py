@@ -1,16 +1,49 @@
 """The loss of a batch, as a sum and a weight, so that parts of a batch add up."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from ssm_jax import optim
 from ssm_jax.models import LanguageModel
 from ssm_jax.ops import linear_cross_entropy
-from ssm_jax.typing import Key, Params
+from ssm_jax.typing import Activations, Key, Params
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, positions int32 and weights float32, all [B, L]."""
+
+Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+"""(weighted sum, weight) of "loss", which is minimised, and of whatever else is of interest; float32, they add up over batches."""
+
+Objective = Callable[[Params, Params, Batch, Key, Int[Array, ""]], tuple[Sums, Params]]
+"""``(trainable, frozen, batch, dropout key, number of the microbatch in the run) -> (sums, gradient)``, the gradient being that of
+the sum of "loss" with respect to ``trainable``."""
+
+
+def next_token_objective(model: LanguageModel, batch_shards: int = 1) -> Objective:
+    """``next_token_loss`` and nothing else."""
+
+    def loss_sum(
+        trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Sums]:
+        del index
+        loss, weight = next_token_loss(model, optim.merge(trainable, frozen), batch, key, batch_shards)
+        return loss, {"loss": (loss, weight)}
+
+    return with_gradient(loss_sum)
+
+
+def with_gradient(loss_sum: Callable[..., tuple[Array, Sums]]) -> Callable[..., tuple[Sums, Params]]:
+    """``(sums, gradient of the first result with respect to the first argument)`` of ``loss_sum``, which returns (loss, sums)."""
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def sums_and_gradient(*arguments: Any) -> tuple[Sums, Params]:
+        (_, sums), gradient = value_and_grad(*arguments)
+        return sums, gradient
+
+    return sums_and_gradient
 
 
 def next_token_loss(
@@ -20,6 +53,17 @@ def next_token_loss(
 
     Without ``dropout_key`` the model is deterministic. ``batch_shards``: over how many devices the lanes are split.
     """
+    return linear_cross_entropy(
+        features(model, params, batch, dropout_key),
+        model.readout(params),
+        batch["targets"],
+        batch["weights"],
+        batch_shards=batch_shards,
+    )
+
+
+def features(model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None) -> Activations:
+    """Final hidden states of a batch, every row from a fresh state."""
     features_BLD, _ = model.apply(
         {"params": params},
         batch["tokens"],
@@ -28,6 +72,4 @@ def next_token_loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="features",
     )
-    return linear_cross_entropy(
-        features_BLD, model.readout(params), batch["targets"], batch["weights"], batch_shards=batch_shards
-    )
+    return features_BLD

@@ -43,6 +43,7 @@ class Meter:
     ) -> dict[str, Any]:
         """The metrics of a finished step as a row of ``metrics.jsonl``. All but the times (``TIMES``) are the same in every rerun.
 
+        A metric with a ``name_weight`` of 0 beside it was not computed in this step, and is left out.
         ``flops``: the model's operations in a step, and where it is known what the devices can do in a second ("peak").
         """
         now, parts = time.monotonic(), self._parts
@@ -50,6 +51,9 @@ class Meter:
         self.restart()
         values = dict(metrics)
         weight = values.pop("weight")
+        for name in [name for name in values if f"{name}_weight" in values]:
+            if values.pop(f"{name}_weight") == 0:
+                del values[name]
         self.step, self.rows = step, self.rows + batch_size
         self.tokens, self.seconds = self.tokens + weight, self.seconds + step_s
         times = {"tokens_per_s": weight / step_s, "step_s": step_s, "seconds": self.seconds, **parts}

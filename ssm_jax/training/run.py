@@ -19,13 +19,14 @@ from ssm_jax import distributed, files, sharding
 from ssm_jax.checkpoint import store
 from ssm_jax.checkpoint.model import CHECKPOINTS
 from ssm_jax.config import dump_yaml, read_yaml, to_dict
-from ssm_jax.data.mixture import Mixture, open_held_out, open_mixture
-from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_folder
+from ssm_jax.data.mixture import Mixture, open_held_out, open_mixture, require_same_tokenizer
+from ssm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ssm_jax.errors import ConfigError, DataError, UserError
 from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.training.config import RunConfig
+from ssm_jax.training.teacher import Teacher, open_teacher
 from ssm_jax.typing import Params, PyTree
 
 CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
@@ -33,7 +34,7 @@ CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, if there are any."""
+    """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, and ``teacher``, if there are any."""
 
     config: RunConfig
     folder: Path
@@ -42,10 +43,11 @@ class Run:
     held_out: Mixture | None
     tokenizer: Tokenizer
     model: LanguageModel
+    teacher: Teacher | None = None
 
 
 def prepare(config: RunConfig) -> Run:
-    """Opens the data, makes the mesh and builds the model; writes nothing, loads no weights.
+    """Opens the data, makes the mesh and builds the models; writes nothing, loads no weights.
 
     Raises:
         ShardingError, DataError, ConfigError: mesh, data or config cannot be used, or do not fit each other.
@@ -61,7 +63,8 @@ def prepare(config: RunConfig) -> Run:
     model = build(config_from_dict(config.model))
     if config.init_from is not None and begun is None:
         _require_same_shapes(model, config.init_from)
-    return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model)
+    teacher = None if config.distill is None else open_teacher(config.distill, model, data)
+    return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model, teacher)
 
 
 def _model_begun_with(config: RunConfig) -> dict[str, Any] | None:
@@ -119,12 +122,7 @@ def _initial_model(path: str, data: Mixture) -> dict[str, Any]:
         fields = model_of(path)
     except UserError as error:
         raise type(error)(f"Config key 'init_from': {error}") from error
-    folder = tokenizer_folder(Path(path))
-    if folder is not None and load_tokenizer(folder).fingerprint != data.tokenizer.get("fingerprint"):
-        raise DataError(
-            f"Data {data.path} was prepared with another tokenizer than that of init_from={path}; prepare it with "
-            f"--tokenizer {folder}."
-        )
+    require_same_tokenizer(data, path, "init_from")
     if fields["vocab_size"] < data.vocab_size:
         raise ConfigError(
             f"Config key 'init_from': the model in {path} has {fields['vocab_size']} token ids and the data in {data.path} "
@@ -179,14 +177,16 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
     return dataclasses.replace(config, model=config_to_dict(model), data=resolved_data)
 
 
-def identity(config: RunConfig, data: Mixture) -> dict[str, Any]:
-    """What must be the same for a run to go on: model, data (its content, not its path), optimizer, batch, seeds, length."""
+def identity(config: RunConfig, data: Mixture, teacher: Teacher | None = None) -> dict[str, Any]:
+    """What must be the same for a run to go on: model, data and teacher (their content, not their path), optimizer, batch, seeds,
+    length."""
     content = to_dict(config)
     shards = [shard.sha256 for dataset in data.datasets for shard in dataset.split.shards]
     digest = hashlib.sha256(json.dumps([shards, data.tokenizer, data.weights], sort_keys=True).encode()).hexdigest()
     return {
         "model": content["model"],
         "init_from": config.init_from,
+        "distill": None if teacher is None else {**content["distill"], "teacher": teacher.fingerprint},
         "data": {"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
         "optim": content["optim"],
         "batch": content["batch"],
@@ -208,7 +208,7 @@ def check_folder(run: Run) -> None:
         return
     if not (folder / IDENTITY).is_file():
         raise ConfigError(f"Config key 'output' is {folder}, which is not empty and not a run; choose another folder.")
-    changed = differences(read_yaml(folder / IDENTITY), identity(run.config, run.data))
+    changed = differences(read_yaml(folder / IDENTITY), identity(run.config, run.data, run.teacher))
     if changed and not run.config.train.accept_changes:
         raise ConfigError(
             f"Folder {folder} holds another run: {'; '.join(changed)}. Choose another output, or go on with the new values by "
@@ -221,7 +221,7 @@ def describe_in_folder(run: Run) -> None:
     distributed.barrier("the run folder was checked")
     if not distributed.is_main():
         return
-    folder, wanted = run.folder, identity(run.config, run.data)
+    folder, wanted = run.folder, identity(run.config, run.data, run.teacher)
     (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     files.write_text(folder / IDENTITY, yaml.safe_dump(wanted, sort_keys=False))
     files.write_text(folder / CONFIG, dump_yaml(run.config))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
 from ssm_jax.nn import state as state_lib
+from ssm_jax.training.teacher import Tables, with_tables
 from ssm_jax.typing import Key, Params
 
 
@@ -42,14 +43,18 @@ def create(
     key: Key,
     total_steps: Int[Array, ""],
     params: Params | None = None,
+    tables: Tables | None = None,
     *,
     model: LanguageModel,
     config: optim.OptimConfig,
 ) -> tuple[TrainState, Params]:
-    """(state, frozen) before the first update, from ``params`` or new ones. Pure: a key gives the same values on every mesh."""
+    """(state, frozen) before the first update, from ``params`` or new ones, with ``tables`` in them. Pure: a key gives the same
+    values on every mesh."""
     init_key, train_key = jax.random.split(key)
     if params is None:
         params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    if tables is not None:
+        params = with_tables(params, tables)
     trainable, frozen = optim.split(params, config.freeze, config.train)
     opt_state = optim.make_optimizer(config).init(trainable)
     ema = None if config.ema is None else trainable
@@ -89,8 +94,9 @@ def initialize(
     seed: int,
     total_steps: int,
     params: Params | None = None,
+    tables: Tables | None = None,
 ) -> tuple[TrainState, Params]:
-    """(state, frozen) on the mesh: every device makes its own part. Starts from ``params`` where they are given."""
+    """(state, frozen) on the mesh: every device makes its own part. Starts from ``params`` and ``tables`` where they are given."""
     build = functools.partial(create, model=model, config=config)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract(model, config, mesh))
-    return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps), params)
+    return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps), params, tables)

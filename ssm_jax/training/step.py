@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
-from ssm_jax.training.losses import Batch, next_token_loss
+from ssm_jax.training.losses import Batch, Objective, Sums, next_token_objective
 from ssm_jax.training.state import TrainState
 from ssm_jax.typing import Params, PyTree
 
@@ -19,28 +19,37 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int = 1, batch_shards: int = 1) -> Step:
+def make_step(
+    model: LanguageModel,
+    config: optim.OptimConfig,
+    microbatches: int = 1,
+    batch_shards: int = 1,
+    objective: Objective | None = None,
+) -> Step:
     """``step(state, frozen, batch) -> (state, metrics)``.
 
     loss = sum over the whole batch of weight * nll / sum of weights; gradient of that with respect to ``state.params`` only;
     AdamW; an update with non-finite gradients changes nothing but the step and the counts.
+
+    ``objective`` takes the place of nll. What else it sums, under a name, becomes a metric, its mean, with ``name_weight`` beside
+    it: 0 where this update had none of it.
 
     ``microbatches`` splits the lanes (never the time axis) and adds up sums: memory and rounding change, the result does not (but
     dropout draws anew for each).
     ``batch_shards``: over how many devices the lanes are split.
     """
     optimizer = optim.make_optimizer(config)
+    objective = next_token_objective(model, batch_shards) if objective is None else objective
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
 
-        def loss_sum(trainable: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return next_token_loss(model, optim.merge(trainable, frozen), part, key, batch_shards)
+        def of_part(part: Batch, key: jax.Array, index: jax.Array) -> tuple[Sums, Params]:
+            return objective(state.params, frozen, part, key, index)
 
-        (loss, weight), grads = _accumulate(
-            jax.value_and_grad(loss_sum, has_aux=True), state.params, batch, dropout_key, microbatches
-        )
-        scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        sums, grads = _accumulate(of_part, batch, dropout_key, state.step * microbatches, microbatches)
+        loss, weight = sums.pop("loss")
+        scale = _inverse(weight)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         lr = optim.learning_rate(config, state.step, state.total_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=lr)
@@ -54,6 +63,8 @@ def make_step(model: LanguageModel, config: optim.OptimConfig, microbatches: int
             "weight": weight,
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
+            **{name: total * _inverse(weight) for name, (total, weight) in sums.items()},
+            **{f"{name}_weight": weight for name, (_, weight) in sums.items()},
         }
         return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
@@ -86,21 +97,35 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in kinds.items()}
 
 
+def _inverse(weight: jax.Array) -> jax.Array:
+    """1 / weight, and 0 where there is none."""
+    return jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
 def _accumulate(
-    value_and_grad: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, microbatches: int
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    """Sums of loss, weight and gradients over the microbatches."""
+    of_part: Callable[[Batch, jax.Array, jax.Array], tuple[Sums, Params]],
+    batch: Batch,
+    key: jax.Array,
+    first: jax.Array,
+    microbatches: int,
+) -> tuple[Sums, Params]:
+    """Sums over the microbatches, which are counted from ``first``."""
     if microbatches == 1:
-        return value_and_grad(params, batch, key)
+        return of_part(batch, key, first)
 
     def part(x: jax.Array) -> jax.Array:
         # Lane b goes to microbatch b % microbatches: every device keeps its own lanes.
         return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
 
-    def body(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *inputs)), None
+    def body(total: Any, inputs: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(*inputs)), None
 
-    parts = jax.tree.map(part, dict(batch))
-    zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), params))
-    total, _ = jax.lax.scan(body, zeros, (parts, jax.random.split(key, microbatches)))
+    parts = (
+        jax.tree.map(part, dict(batch)),
+        jax.random.split(key, microbatches),
+        first + jnp.arange(microbatches, dtype=jnp.int32),
+    )
+    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, parts)
     return total

@@ -25,6 +25,7 @@ def headline(run: Run, state: TrainState, frozen: Params) -> str:
     count, fixed = _size(state.params), _size(frozen)
     parts = [
         f"{config.model['family']} with {count + fixed:,} parameters" + (f" ({fixed:,} frozen)" if fixed else ""),
+        *([] if run.teacher is None else [run.teacher.describe()]),
         f"{config.batch.size} x {run.data.seq_len} tokens per step",
         f"{run.mesh.size} {run.mesh.devices.flat[0].device_kind} device(s)",
         f"run folder {run.folder}",
@@ -93,7 +94,8 @@ PEAK_FLOPS = {
 
 
 def flops_per_step(run: Run) -> dict[str, float]:
-    """``step``: the model's operations in an update, forward and backward (three forward passes; recomputation is not counted).
+    """``step``: the model's operations in an update, forward and backward (three forward passes; recomputation is not counted, and
+    neither is a teacher).
     ``peak``: what all devices can do in a second in bfloat16, where it is known: their ratio over time is the MFU."""
     tokens = run.config.batch.size * run.data.seq_len
     per_token = family_of(run.model.config).flops_per_token(run.model.config, run.data.seq_len)
