@@ -187,7 +187,10 @@ def _axes(plane: _Plane, x_ticks: Sequence[tuple[Number, str]], x_label: str, y_
     for value, text in x_ticks:
         x = plane.x(value)
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{plane.bottom}" y2="{plane.bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{plane.bottom + 17}" text-anchor="middle">{text}</text>')
+        place = f'x="{x}" y="{plane.bottom + 17}" text-anchor="middle"'
+        if plane.log2 and value == plane.x_high:  # a mark at the very end may be wider than the margin
+            place = f'x="{plane.width}" y="{plane.bottom + 17}" text-anchor="end"'
+        parts.append(f'<text class="tick" {place}>{text}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{plane.right}" y1="{plane.bottom}" y2="{plane.bottom}"/>')
     middle, centre = (_TOP + plane.bottom) // 2, (_LEFT + plane.right) // 2
     parts.append(

@@ -34,7 +34,7 @@ def length_charts(found: Sequence[Lengths]) -> str:
         title="Perplexity relative to the shortest context",
         y_label="ratio, same targets",
         x_label="tokens of context",
-        levels=[Level("no worse than", 1)],
+        levels=[Level("as at the shortest:", 1)],
         x_log2=True,
         whole=True,
     )
@@ -68,15 +68,26 @@ def _by_position(result: Mapping[str, Any]) -> str:
         None if b["loss"] is None or b["se"] is None else (b["loss"] - b["se"], b["loss"] + b["se"]) for b in bins
     ]
     line = _series(Lengths(long, "a", result), "middle", bins, "loss")._replace(band=True, intervals=ranges)
-    series = [line, _series(Lengths(short, "b", result), "middle", bins, "reference_loss")]
-    chart = line_chart(
-        series if positions["length"] != positions["reference"] else series[:1],
-        title="Loss by position",
-        y_label="nats per token",
-        x_label="tokens read before",
-        whole=True,
+    if positions["length"] == positions["reference"]:
+        series, ratio = [line], ""
+    else:
+        series = [line, _series(Lengths(short, "b", result), "middle", bins, "reference_loss")]
+        ratio = line_chart(
+            [_series(Lengths(long, "a", result), "middle", bins, "relative_perplexity", "relative_interval")],
+            title=f"Perplexity by position, relative to windows of {positions['reference']:,}",
+            y_label="ratio, same targets",
+            x_label="tokens read before",
+            levels=[Level("as in short windows:", 1)],
+            whole=True,
+        )
+    loss = line_chart(
+        series, title="Loss by position", y_label="nats per token", x_label="tokens read before", whole=True
     )
-    return chart + '<p class="note">The band by position is one standard error, most of it from the text itself.</p>'
+    return (
+        ratio
+        + loss
+        + '<p class="note">The band of the loss by position is one standard error, most of it the text\'s own.</p>'
+    )
 
 
 def _series(one: Lengths, x: str, rows: Sequence[Mapping[str, Any]], y: str, intervals: str | None = None) -> Series:
@@ -107,7 +118,8 @@ def length_table(result: Mapping[str, Any]) -> str:
     rows = result["lengths"]
     shortest = rows[0]["length"]
     lines = [
-        f"{result['split']} split of {result['data']}: {_scored(result)}",
+        f"{result['split']} split of {result['data']}",
+        _scored(result),
         *(f"Length {left['length']:,} left out: {left['reason']}." for left in result["left_out"]),
         "",
         f"{'context':>10}{'nats/token':>12}{'± s.e.':>9}{'last half':>11}{'perplexity':>12}   relative to {shortest:,}, 95 %",

@@ -268,7 +268,7 @@ def test_the_script_writes_scores_a_page_and_the_report(
     for path in (run_folder / "lengths.html", tmp_path / "scores.html"):
         assert str(path) in printed
         page = _Page(path.read_text())
-        assert page.tags.count("figure") == 3
+        assert page.tags.count("figure") == 4, "ratio and loss, by length and by position"
         assert "script" not in page.tags
     report_script.run([str(run_folder)])
     report = _Page((run_folder / "report.html").read_text())
