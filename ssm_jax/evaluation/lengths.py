@@ -29,8 +29,7 @@ _MIN_DOCUMENTS = 5  # fewer say too little about the spread between documents; t
 
 def context_limit(model: LanguageModel) -> int | None:
     """The longest context that a model can read at all; None where there is no such limit."""
-    limit = getattr(registry.family_of(model.config), "context_limit", None)
-    return None if limit is None else limit(model.config)
+    return registry.family_of(model.config).context_limit(model.config)
 
 
 def parse_lengths(text: str) -> tuple[int, ...] | None:

@@ -1,10 +1,10 @@
 """Losses by the length of the context: against whole windows read at once, target by target; the script and its page."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,18 +185,23 @@ def test_a_limited_context_leaves_out_lengths_and_no_targets(
     model, params = _bytes_model()
     assert context_limit(model) is None
     free = evaluate_lengths(model, params, held_out, [8, 32, 64])
-    limits = iter((40, 4))
-    family = SimpleNamespace(**vars(registry.family_of(model.config)))
-    family.context_limit = lambda config: limit
-    monkeypatch.setattr(registry, "family_of", lambda config: family)
-    limit = next(limits)
+
+    def limit_to(limit: int) -> None:
+        family = dataclasses.replace(registry.FAMILIES["mamba"], context_limit=lambda config: limit)
+        monkeypatch.setitem(registry.FAMILIES, "mamba", family)
+
+    limit_to(40)
+    places = np.random.default_rng(0).normal(0, 0.4, (40, model.config.d_model)).astype(np.float32)
+    params = {**params, "embed_position": {"embedding": places}}
     limited = evaluate_lengths(model, params, held_out, [8, 32, 64])
     assert limited["context_limit"] == 40
     assert limited["left_out"] == [{"length": 64, "reason": "beyond the model's context"}]
     assert limited["targets"] == free["targets"]
-    assert [row["loss"] for row in limited["lengths"]] == pytest.approx([row["loss"] for row in free["lengths"][:2]])
+    for row in limited["lengths"]:
+        expected = np.concatenate(_expected(model, params, held_out, 64, row["length"])).mean()
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
     assert limited["by_position"]["length"] == 32
-    limit = next(limits)
+    limit_to(4)
     with pytest.raises(DataError, match="context ends at 4 tokens"):
         evaluate_lengths(model, params, held_out, [8, 32, 64])
 
