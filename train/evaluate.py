@@ -3,13 +3,18 @@
     python -m train.evaluate runs/stdlib
     python -m train.evaluate exported/stdlib --data data/stdlib --json scores.json
     python -m train.evaluate runs/wiki --task lambada --file lambada_test.jsonl.gz
+    python -m train.evaluate runs/wiki --lengths                # from the training length to 64 times it
+    python -m train.evaluate runs/wiki --lengths 512,2048,8192
 
 MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json
-(those of sliding windows in a file of their own). DATA
+(those of sliding windows and of lengths in files of their own). DATA
 is prepared data (train.prepare_data), by default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. Beside that stands
 the score of the data's rows, each read afresh, which is what training sees.
+
+With --lengths the same targets of long documents are scored at every length of context, in windows that are read afresh, and a page
+with the curves stands beside the scores.
 """
 
 import argparse
@@ -17,10 +22,16 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssm_jax.config import main, read_yaml
 from ssm_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from ssm_jax.data.shards import PackedDataset
+    from ssm_jax.data.tokenizers import Tokenizer
+    from ssm_jax.models import LanguageModel
+    from ssm_jax.typing import Params
 
 ORDER, WINDOW = 3, 1024
 
@@ -31,28 +42,20 @@ def run(argv: Sequence[str]) -> None:
         raise DataError("Options --batch-size and --window must be at least 1.")
     if args.window is not None and args.stride is None:
         raise DataError("Option --window needs --stride; without it the context has no end.")
-    from ssm_jax import checkpoint, files
     from ssm_jax.data.shards import open_dataset
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
-    from train.source import load
 
     if args.task is None and args.file is not None:
         raise DataError("Option --file needs --task lambada.")
+    if args.lengths is not None and (args.task is not None or args.window is not None or args.stride is not None):
+        raise DataError("Option --lengths goes with neither --task nor --window nor --stride; leave one of them out.")
     if args.task is not None:
         _run_task(args)
         return
-    folder = Path(args.model)
-    data = args.data or _training_data(folder)
-    dataset = open_dataset(data, args.split)
-    model, params, tokenizer = load(args.model, args.dtype)
-    if tokenizer.fingerprint != dataset.manifest.tokenizer.get("fingerprint"):
-        raise DataError(
-            f"Data {data} was prepared with another tokenizer than the model's; prepare it with {args.model}."
-        )
-
-    result: dict[str, Any] = {"split": args.split, "data": str(data)}
-    if checkpoint.is_checkpoint(folder):
-        result["step"] = int(checkpoint.find_checkpoint(folder).name)
+    if args.lengths is not None:
+        _run_lengths(args)
+        return
+    model, params, tokenizer, dataset, result = _load(args)
     started = time.perf_counter()
     window = args.window or dataset.seq_len or WINDOW
     if args.stride is not None:
@@ -64,16 +67,66 @@ def run(argv: Sequence[str]) -> None:
             result["rows"] = evaluate_split(model, params, dataset, args.batch_size)
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
-        result["baseline"] = evaluate_baseline(open_dataset(data, "train"), dataset, tokenizer, ORDER)
-    text = json.dumps(result, indent=2) + "\n"
-    targets = [Path(args.json)] if args.json else []
+        result["baseline"] = evaluate_baseline(open_dataset(dataset.path, "train"), dataset, tokenizer, ORDER)
     name = f"eval-window{window}-stride{args.stride}.json" if args.stride is not None else "eval.json"
-    targets += [folder / name] if (folder / "config.yaml").is_file() else []
-    for target in targets:
-        files.write_text(target, text)
+    targets = _write(args, name, result)
     print(table(result))
     for target in targets:
         print(f"written to {target}")
+
+
+def _load(args: argparse.Namespace) -> "tuple[LanguageModel, Params, Tokenizer, PackedDataset, dict[str, Any]]":
+    """The model and the data, which must fit each other, and the first lines of the result."""
+    from ssm_jax import checkpoint
+    from ssm_jax.data.shards import open_dataset
+    from train.source import load
+
+    folder = Path(args.model)
+    data = args.data or _training_data(folder)
+    dataset = open_dataset(data, args.split)
+    model, params, tokenizer = load(args.model, args.dtype)
+    if tokenizer.fingerprint != dataset.manifest.tokenizer.get("fingerprint"):
+        raise DataError(
+            f"Data {data} was prepared with another tokenizer than the model's; prepare it with {args.model}."
+        )
+    result: dict[str, Any] = {"split": args.split, "data": str(data)}
+    if checkpoint.is_checkpoint(folder):
+        result["step"] = int(checkpoint.find_checkpoint(folder).name)
+    return model, params, tokenizer, dataset, result
+
+
+def _write(args: argparse.Namespace, name: str, result: dict[str, Any]) -> list[Path]:
+    """Writes the result to --json and, in a run folder, to ``name``; returns the files."""
+    from ssm_jax import files
+
+    targets = [Path(args.json)] if args.json else []
+    targets += [Path(args.model) / name] if (Path(args.model) / "config.yaml").is_file() else []
+    for target in targets:
+        files.write_text(target, json.dumps(result, indent=2) + "\n")
+    return targets
+
+
+def _run_lengths(args: argparse.Namespace) -> None:
+    from ssm_jax import files
+    from ssm_jax.evaluation.length_charts import LENGTHS, Lengths, length_charts, length_table
+    from ssm_jax.evaluation.lengths import evaluate_lengths, parse_lengths
+    from ssm_jax.evaluation.report import page
+
+    lengths = parse_lengths(args.lengths)
+    if args.json and Path(args.json).suffix == ".html":
+        raise DataError(f"Option --json {args.json} names the page beside the scores; let it end in .json.")
+    model, params, _, dataset, result = _load(args)
+    training = _data_config(Path(args.model)).get("seq_len") or dataset.seq_len or None
+    started = time.perf_counter()
+    result |= evaluate_lengths(model, params, dataset, lengths, training_length=training, batch_size=args.batch_size)
+    result["seconds"] = time.perf_counter() - started
+    print(length_table(result))
+    name = Path(args.model).resolve().name
+    sections = {"Longer contexts": length_charts([Lengths(name, "a", result)])}
+    for target in _write(args, LENGTHS, result):
+        shown = target.with_suffix(".html")
+        files.write_text(shown, page(name, '<p class="lead">Loss by the length of the context</p>', sections))
+        print(f"written to {target} and {shown}")
 
 
 def _run_task(args: argparse.Namespace) -> None:
@@ -128,9 +181,13 @@ def _line(name: str, scores: dict[str, Any]) -> str:
     return f"{name:38}{scores['bits_per_byte']:>10.4f}{scores['bits_per_token']:>12.4f}{scores['perplexity']:>12.3f}"
 
 
-def _training_data(folder: Path) -> str:
+def _data_config(folder: Path) -> dict[str, Any]:
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    data = config.get("data", {})
+    return config.get("data", {})
+
+
+def _training_data(folder: Path) -> str:
+    data = _data_config(folder)
     path = data.get("path")
     if path is None and data.get("mixture"):
         corpora = ", ".join(str(corpus["path"]) for corpus in data["mixture"])
@@ -175,6 +232,14 @@ def _parser() -> argparse.ArgumentParser:
         "--no-start-mark",
         action="store_true",
         help="with --task: do not put the end-of-text mark first (published weights)",
+    )
+    add(
+        "--lengths",
+        nargs="?",
+        const="auto",
+        metavar="N,N,...",
+        help="after MODEL: score the same targets at these lengths of context, each a divisor of the last; auto, or nothing: the "
+        "length of the training rows times 1, 2, 4, ... 64, as far as the documents reach",
     )
     add("--json", metavar="FILE", help="write the scores there too")
     add("--no-baseline", action="store_true", help=f"leave out the order-{ORDER} byte model")

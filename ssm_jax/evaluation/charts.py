@@ -14,13 +14,16 @@ _BINS = 160
 
 
 class Series(NamedTuple):
-    """One line. ``tone`` is a CSS class (a, b, c). ``band`` shades the range of the points that are drawn as one."""
+    """One line. ``tone`` is a CSS class (a, b, c). ``band`` shades the range of the points that are drawn as one, or, where a
+    series is short and has them, the ``intervals`` (low, high) of its points (None: unknown).
+    """
 
     name: str
     x: Sequence[Number]
     y: Sequence[Number | None]
     tone: str = "a"
     band: bool = False
+    intervals: Sequence[Sequence[Number] | None] = ()
 
 
 class Level(NamedTuple):
@@ -51,6 +54,7 @@ class _Plane(NamedTuple):
     y_high: Number
     width: int
     height: int
+    log2: bool = False
 
     @property
     def bottom(self) -> int:
@@ -77,21 +81,29 @@ def line_chart(
     width: int = 720,
     height: int = 320,
     from_zero: bool = False,
+    x_log2: bool = False,
+    whole: bool = False,
 ) -> str:
     """A figure with axes, a legend and values on hover; "" without any finite point.
 
     A long series is drawn as its means over at most 160 stretches of the x axis. The y axis fits what comes after the first
     twentieth of the x axis, so that a steep start does not flatten the rest; what lies above is cut off.
+
+    Args:
+        x_log2: the x axis shows log2 of (positive) x, with marks at the points of the densest line.
+        whole: the y axis fits every point and its interval instead.
     """
+    if x_log2:
+        series = [line._replace(x=[math.log2(x) for x in line.x]) for line in series]
     lines = [(line, points) for line in series if (points := _condense(line))]
     if not lines:
         return ""
-    plane = _plane(lines, levels, width, height, from_zero)
+    plane = _plane(lines, levels, width, height, from_zero, whole)._replace(log2=x_log2)
     marks = [_band(plane, line, points) for line, points in lines if line.band and len(points) > 1]
     marks += [_level(plane, level) for level in levels]
     marks += [_line(plane, line, points) for line, points in lines]
     plot = _cut_off(plane, "".join(marks))
-    drawing = _axes(plane, x_label, y_label) + plot + _hover(plane, lines, x_label)
+    drawing = _axes(plane, _x_ticks(plane, lines), x_label, y_label) + plot + _hover(plane, lines, x_label)
     legend = "".join(f'<span class="key {line.tone}">{escape(line.name)}</span>' for line, _ in lines if len(lines) > 1)
     described = escape(f"{title}: {y_label} by {x_label}", quote=True)
     return (
@@ -129,20 +141,26 @@ def number(value: Number) -> str:
 
 
 def _condense(line: Series) -> list[_Point]:
-    pairs = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and math.isfinite(y)]
-    if len(pairs) <= _BINS:
-        return [_Point(x, y, y, y) for x, y in pairs]
-    x, y = np.asarray(pairs, float).T
+    intervals = line.intervals or [None] * len(line.x)
+    found = [
+        _Point(x, y, *(interval or (y, y)))
+        for x, y, interval in zip(line.x, line.y, intervals, strict=True)
+        if y is not None and math.isfinite(y)
+    ]
+    if len(found) <= _BINS:
+        return found
+    x, y, *_ = np.asarray(found, float).T
     stretch = np.minimum((x - x[0]) / (x[-1] - x[0]) * _BINS, _BINS - 1).astype(int)
     groups = np.split(np.arange(len(x)), np.flatnonzero(np.diff(stretch)) + 1)
     return [_Point(*map(float, (x[g].mean(), y[g].mean(), y[g].min(), y[g].max()))) for g in groups]
 
 
-def _plane(lines: _Lines, levels: Sequence[Level], width: int, height: int, from_zero: bool) -> _Plane:
+def _plane(lines: _Lines, levels: Sequence[Level], width: int, height: int, from_zero: bool, whole: bool) -> _Plane:
     points = [point for _, line in lines for point in line]
     x_low, x_high = min(point.x for point in points), max(point.x for point in points)
-    settled = [point for point in points if point.x >= x_low + (x_high - x_low) / 20]
+    settled = [point for point in points if whole or point.x >= x_low + (x_high - x_low) / 20]
     values = [value for point in settled for value in (point.low, point.y)] + [level.y for level in levels]
+    values += [point.high for point in points if whole]
     y_low, y_high = min(values), max(values)
     margin = 0.06 * (y_high - y_low) or 0.5 * abs(y_high) or 1.0
     y_low = 0.0 if from_zero and y_low >= 0 else y_low - margin
@@ -150,16 +168,29 @@ def _plane(lines: _Lines, levels: Sequence[Level], width: int, height: int, from
     return _Plane(x_low, x_high, y_low, y_high + margin, width, height)
 
 
-def _axes(plane: _Plane, x_label: str, y_label: str) -> str:
+def _densest(lines: _Lines) -> list[_Point]:
+    return max((points for _, points in lines), key=len)
+
+
+def _x_ticks(plane: _Plane, lines: _Lines) -> list[tuple[Number, str]]:
+    if plane.log2:
+        return [(point.x, f"{2**point.x:,.0f}") for point in _densest(lines)]
+    return [(value, number(value)) for value in nice_ticks(plane.x_low, plane.x_high, 8)]
+
+
+def _axes(plane: _Plane, x_ticks: Sequence[tuple[Number, str]], x_label: str, y_label: str) -> str:
     parts = []
     for value in nice_ticks(plane.y_low, plane.y_high, 6):
         y = plane.y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{plane.right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    for value in nice_ticks(plane.x_low, plane.x_high, 8):
+    for value, text in x_ticks:
         x = plane.x(value)
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{plane.bottom}" y2="{plane.bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{plane.bottom + 17}" text-anchor="middle">{number(value)}</text>')
+        place = f'x="{x}" y="{plane.bottom + 17}" text-anchor="middle"'
+        if plane.log2 and value == plane.x_high:  # a mark at the very end may be wider than the margin
+            place = f'x="{plane.width}" y="{plane.bottom + 17}" text-anchor="end"'
+        parts.append(f'<text class="tick" {place}>{text}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{plane.right}" y1="{plane.bottom}" y2="{plane.bottom}"/>')
     middle, centre = (_TOP + plane.bottom) // 2, (_LEFT + plane.right) // 2
     parts.append(
@@ -201,12 +232,13 @@ def _line(plane: _Plane, line: Series, points: list[_Point]) -> str:
 
 def _hover(plane: _Plane, lines: _Lines, x_label: str) -> str:
     """A strip around each point of the densest line: while it is pointed at, its values stand at the top of the chart."""
-    xs = [point.x for point in max((points for _, points in lines), key=len)]
+    xs = [point.x for point in _densest(lines)]
     borders = [plane.x_low, *((a + b) / 2 for a, b in itertools.pairwise(xs)), plane.x_high]
     strips = []
     for x, (start, end) in zip(xs, itertools.pairwise(borders), strict=True):
         inside = [(line, p) for line, points in lines for p in points if start <= p.x <= end]
-        values = " · ".join([f"{x_label} {x:,.0f}", *(f"{line.name} {number(p.y)}" for line, p in inside)])
+        shown = 2**x if plane.log2 else x
+        values = " · ".join([f"{x_label} {shown:,.0f}", *(f"{line.name} {number(p.y)}" for line, p in inside)])
         dots = "".join(
             f'<circle class="dot {line.tone}" cx="{plane.x(p.x)}" cy="{plane.y(p.y)}" r="4"/>' for line, p in inside
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ssm_jax.errors import DataError
 from ssm_jax.evaluation.charts import Series, line_chart, number
+from ssm_jax.evaluation.length_charts import Lengths, length_charts
 from ssm_jax.evaluation.report import RunFiles, duration, page, read_run
 
 TONES = ("a", "b", "c", "d", "e", "f")
@@ -45,6 +46,8 @@ def render_comparison(runs: Sequence[RunFiles], against_first: bool = False) -> 
             f"Training loss less that of {names[0]}": difference,
             **charts,
         }
+    lengths = [Lengths(name, tone, run.lengths) for run, name, tone in zip(runs, names, TONES, strict=False)]
+    charts["Longer contexts"] = length_charts(lengths)
     sections = {"Runs": _table(runs, names, against_first), **charts, "What differs": _config_table(runs, names)}
     return page(" · ".join(names), '<p class="lead">Training runs side by side</p>', sections)
 

@@ -44,7 +44,7 @@ def evaluate(
         ValueError: the batches hold no target.
     """
     totals = np.zeros((2, _POSITION_BINS))
-    for nll_BL, batch in _one_late(_scored(model, params, batches, carry)):
+    for nll_BL, batch in token_losses(model, params, batches, carry):
         weights = np.asarray(batch["weights"], np.float64)
         losses = np.where(weights == 0, 0.0, np.asarray(nll_BL, np.float64) * weights)
         bins = np.frexp(np.maximum(np.asarray(batch["positions"]), 0))[1].ravel()  # 0, then 1, then 2-3, then 4-7, ...
@@ -65,6 +65,16 @@ def evaluate(
         {"below": 2 ** int(i), "loss": totals[0, i] / totals[1, i], "tokens": totals[1, i]} for i in filled.tolist()
     ]
     return {**scores, "by_context": by_context}
+
+
+def token_losses(
+    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], carry: bool = False
+) -> Iterator[tuple[Float[Array, "B L"], Mapping[str, Any]]]:
+    """-log p(target) of every place of every batch, beside the batch; what has no weight or is absent has a meaningless one.
+
+    ``carry``: each batch goes on from the state of the one before (a position 0 clears its lane); else every row starts afresh.
+    """
+    return _one_late(_scored(model, params, batches, carry))
 
 
 def _scored(
@@ -97,7 +107,7 @@ def _inputs(batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     return batch["tokens"], batch["targets"], batch["positions"]
 
 
-def _one_late(items: Iterable[Any]) -> Iterable[Any]:
+def _one_late(items: Iterable[Any]) -> Iterator[Any]:
     """The same items, each handed out when the next one has been made: the device works while the host sums."""
     items = iter(items)
     for previous in items:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ssm_jax.config import read_yaml
 from ssm_jax.errors import DataError
 from ssm_jax.evaluation.charts import Level, Number, Series, bars, line_chart, number
+from ssm_jax.evaluation.length_charts import LENGTHS, Lengths, length_charts
 from ssm_jax.evaluation.style import CSS
 
 REPORT = "report.html"
@@ -26,6 +27,7 @@ class RunFiles(NamedTuple):
     samples: list[Row]
     summary: dict[str, Any]
     scores: dict[str, Any]
+    lengths: dict[str, Any]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -41,7 +43,10 @@ def write_report(folder: str | Path) -> Path:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Reads config.yaml, metrics.jsonl, samples.jsonl, summary.json and eval.json of a run folder. Raises as ``write_report``."""
+    """Reads config.yaml, metrics.jsonl, samples.jsonl, summary.json, eval.json and lengths.json of a run folder.
+
+    Raises as ``write_report``.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"Run folder {folder} does not exist; give the `output` of a training run.")
@@ -54,6 +59,7 @@ def read_run(folder: str | Path) -> RunFiles:
         samples=_read_lines(folder / "samples.jsonl"),
         summary=_read_json(folder / "summary.json"),
         scores=_read_json(folder / "eval.json"),
+        lengths=_read_json(folder / LENGTHS),
     )
     if not any(run[1:]):
         raise DataError(
@@ -68,6 +74,7 @@ def render(run: RunFiles) -> str:
         "Loss": _loss,
         "Held-out text": _scores,
         "Loss by context": _by_context,
+        "Longer contexts": _lengths,
         "What it writes": _samples,
         "Speed and optimisation": _curves,
         "Memory": _memory,
@@ -184,6 +191,10 @@ def _by_context(run: RunFiles) -> str:
     if not rows:
         return ""
     return bars(rows) + '<p class="note">Bits per token of held-out text, by the number of tokens read before.</p>'
+
+
+def _lengths(run: RunFiles) -> str:
+    return length_charts([Lengths("this model", "a", run.lengths)])
 
 
 def _samples(run: RunFiles) -> str:

@@ -26,7 +26,7 @@ def evaluate_split(
     Raises:
         DataError: the data has token ids that the model does not have, or was prepared as documents.
     """
-    _require_vocabulary(model, dataset)
+    require_vocabulary(model, dataset)
     return evaluate(model, params, evaluation_batches(dataset, batch_size=batch_size), dataset.split.text_bytes)
 
 
@@ -47,7 +47,7 @@ def evaluate_documents(
     Raises:
         DataError: the data has token ids that the model does not have, or a stride above the window.
     """
-    _require_vocabulary(model, dataset)
+    require_vocabulary(model, dataset)
     found = list(stored_documents(dataset))
     if stride is None:
         batches = documents.endless(documents.lanes(found, batch_size), window)
@@ -58,7 +58,8 @@ def evaluate_documents(
     return evaluate(model, params, batches, dataset.split.text_bytes)
 
 
-def _require_vocabulary(model: LanguageModel, dataset: PackedDataset) -> None:
+def require_vocabulary(model: LanguageModel, dataset: PackedDataset) -> None:
+    """Raises DataError if the data has token ids that the model does not have."""
     if dataset.vocab_size > model.config.vocab_size:
         raise DataError(
             f"Data {dataset.path} has {dataset.vocab_size} token ids and the model {model.config.vocab_size}; "

@@ -269,6 +269,29 @@ def test_a_steep_start_does_not_set_the_scale() -> None:
     assert "1,000" not in re.sub(r'<g class="strip">.*', "", figure), "the axis ends far below it"
 
 
+def test_doublings_are_equally_far_apart_on_an_axis_of_powers() -> None:
+    line = Series("s", [24, 48, 96], [3.0, 2.0, 1.0])
+    figure = line_chart([line], title="t", y_label="y", x_label="tokens", width=480, x_log2=True, whole=True)
+    assert [x for x, _ in _coordinates(figure)] == [64, 264, 464]
+    assert re.findall(r'text-anchor="(?:middle|end)">(\d+)</text>', figure)[-3:] == ["24", "48", "96"]
+    assert "tokens 48 · s 2" in figure
+
+
+def test_intervals_are_shaded_and_nothing_is_cut_off_where_all_is_to_be_seen() -> None:
+    intervals = [(40.0, 60.0), None, (0.5, 1.5)]
+    line = Series("s", [1, 50, 100], [50.0, 2.0, 1.0], band=True, intervals=intervals)
+    figure = line_chart([line], title="t", y_label="y", whole=True)
+    shaded = re.search(r'<polygon class="band a" points="([^"]*)"', figure)
+    assert shaded
+    ys = [float(pair.split(",")[1]) for pair in shaded[1].split()]
+    (_, first), (_, second), _ = _coordinates(figure)
+    scale = (second - first) / 48
+    assert ys[0] == pytest.approx(first - 10 * scale, abs=0.3)
+    assert ys[-1] == pytest.approx(first + 10 * scale, abs=0.3)
+    assert ys[1] == ys[-2] == second, "an interval that is not known has no width"
+    assert min(ys) > 24, "within the axes"
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     assert line_chart([Series("s", [1, 2], [None, float("nan")])], title="t", y_label="y") == ""
     assert line_chart([], title="t", y_label="y") == ""
