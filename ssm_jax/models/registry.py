@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import mamba, mamba2
-from ssm_jax.models.common import rms_norm
+from ssm_jax.models import gpt2, mamba, mamba2
+from ssm_jax.models.common import layer_norm, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "mamba": Family(mamba.MambaConfig, mamba.layer, mamba.PRESETS, mamba.flops_per_token),
     "mamba2": Family(mamba2.Mamba2Config, mamba2.layer, mamba2.PRESETS, mamba2.flops_per_token),
+    "gpt2": Family(
+        gpt2.GPT2Config,
+        gpt2.layer,
+        gpt2.PRESETS,
+        gpt2.flops_per_token,
+        final_norm=layer_norm,
+        context_limit=lambda config: config.n_positions,
+    ),
 }
 
 PRESETS: dict[str, str] = {name: family for family, entry in FAMILIES.items() for name in entry.presets}

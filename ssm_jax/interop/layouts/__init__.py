@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts import gpt2, mamba_ssm, mistral, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -20,6 +20,8 @@ LAYOUTS: tuple[Layout, ...] = (
     mamba_ssm.MAMBA,
     mamba_ssm.MAMBA2,
     mistral.MAMBA2,
+    gpt2.TRANSFORMERS,
+    gpt2.OPENAI,
 )
 
 

@@ -24,6 +24,7 @@ class Layout:
         raises LayoutError for what the format cannot say. None: the layout is only read.
     tensors: published names and how they are made of our leaves.
     aliases: other spellings of published names, old -> the one in ``tensors``.
+    rename: the same for spellings too many to list; None for a tensor that is no parameter. Comes before ``aliases``.
     embedding, head: published names of the token table and the head, for the rules of tied heads.
     differing_head: a folder that says tied and stores two different matrices is loaded untied, or refused, as the
         original does.
@@ -49,3 +50,4 @@ class Layout:
     load_in_torch: str
     config_file: str = "config.json"
     torch_logits: Callable[[Path, np.ndarray], np.ndarray] | None = None
+    rename: Callable[[str], str | None] = lambda name: name

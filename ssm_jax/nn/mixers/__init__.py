@@ -1,6 +1,7 @@
 """Sequence mixers: Flax modules ``(x_BLD, state, positions) -> (y_BLD, state)``."""
 
+from ssm_jax.nn.mixers.attention import Attention
 from ssm_jax.nn.mixers.mamba import Mamba
 from ssm_jax.nn.mixers.mamba2 import Mamba2
 
-__all__ = ["Mamba", "Mamba2"]
+__all__ = ["Attention", "Mamba", "Mamba2"]
