@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     Attributes:
         width: of the layer between. activation: a key of ``ACTIVATIONS``.
-        kernel_init, out_init: initialisers of ``up`` and ``down``.
+        kernel_init, out_init: initialisers of ``up_proj`` and ``down_proj``.
     """
 
     width: int
@@ -40,6 +40,6 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Activations) -> Activations:
         kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up", **kinds)(x_BLD)
+        hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
         hidden = ACTIVATIONS[self.activation](hidden)
-        return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down", **kinds)(hidden)
+        return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down_proj", **kinds)(hidden)

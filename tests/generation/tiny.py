@@ -11,7 +11,11 @@ import ssm_jax
 from ssm_jax.models import LanguageModel
 
 VOCAB = 61  # padded to 64 rows
-FIELDS: dict[str, dict[str, Any]] = {"mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "headdim": 8}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "mamba": {"d_state": 4},
+    "mamba2": {"d_state": 8, "headdim": 8},
+    "gpt2": {"n_heads": 4, "n_positions": 64, "pad_vocab_size_multiple": 8},
+}
 FAMILIES = tuple(FIELDS)
 
 

@@ -45,10 +45,10 @@ def _tensors(layer: str, weight: str, bias: str, scale: str, leading: tuple[int,
         f"{layer}attn{weight[0]}c_proj{bias}": (vector("layers/mixer/out_proj/bias"),),
         f"{layer}ln_2{scale}": (vector("layers/mlp_norm/scale"),),
         f"{layer}ln_2{bias}": (vector("layers/mlp_norm/bias"),),
-        f"{layer}mlp{weight[0]}c_fc{weight}": (matrix("mlp/up"),),
-        f"{layer}mlp{weight[0]}c_fc{bias}": (vector("layers/mlp/up/bias"),),
-        f"{layer}mlp{weight[0]}c_proj{weight}": (matrix("mlp/down"),),
-        f"{layer}mlp{weight[0]}c_proj{bias}": (vector("layers/mlp/down/bias"),),
+        f"{layer}mlp{weight[0]}c_fc{weight}": (matrix("mlp/up_proj"),),
+        f"{layer}mlp{weight[0]}c_fc{bias}": (vector("layers/mlp/up_proj/bias"),),
+        f"{layer}mlp{weight[0]}c_proj{weight}": (matrix("mlp/down_proj"),),
+        f"{layer}mlp{weight[0]}c_proj{bias}": (vector("layers/mlp/down_proj/bias"),),
     }
 
 

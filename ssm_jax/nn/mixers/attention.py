@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 def _window(
     x_BSHP: Float[Array, "B S H P"], length: int, lengths: Lengths | None, reach_B: Int[Array, "B"], size: int
-) -> Float[Array, "B W-1 H P"]:
+) -> Float[Array, "B window H P"]:
     """The last ``size`` rows that are present, oldest first, with zeros where the next token does not reach; float32.
 
     ``x_BSHP``: the old window, if any, and ``length`` new rows, of which ``lengths`` are present.
