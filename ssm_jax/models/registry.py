@@ -63,7 +63,10 @@ def family_of(config: Any) -> Family:
 
 
 def make_config(name: str, **fields: Any) -> Any:
-    """The config of a family ("mamba") or of a published size ("mamba-130m"), with fields set or overridden."""
+    """The config of a family ("mamba") or of a published size ("mamba-130m"), with fields set or overridden.
+
+    "gpt2" is both, and here the size.
+    """
     if name in PRESETS:
         family = FAMILIES[PRESETS[name]]
         fields = {**family.presets[name], **fields}
@@ -84,6 +87,8 @@ def config_from_dict(content: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"Config key 'model.preset' is {preset!r}, which is not of model.family {family!r}; drop one."
         )
+    if preset is None and family in FAMILIES:
+        return config_lib.from_dict(FAMILIES[family].config, fields, "model.")
     return make_config(str(preset or family), **fields)
 
 

@@ -55,7 +55,7 @@ class Mamba2State:
 class AttentionState:
     """State of an attention layer over blocks of W tokens, float32.
 
-    k, v: keys (rotated, if they are) and values of the last W-1 tokens, oldest first, [B, W-1, H, P]; zero where the next token
+    k, v: keys (rotated, if they are) and values of the last W-1 tokens, oldest first, [B, H, W-1, P]; zero where the next token
         does not reach: before its document and before its block.
     position: of the next token in its document, int32 [B].
     """
@@ -64,8 +64,8 @@ class AttentionState:
     v: Any
     position: Any
     AXES: ClassVar[dict[str, Axes]] = {
-        "k": ("batch", "window", "heads", "head_dim"),
-        "v": ("batch", "window", "heads", "head_dim"),
+        "k": ("batch", "heads", "window", "head_dim"),
+        "v": ("batch", "heads", "window", "head_dim"),
         "position": ("batch",),
     }
 

@@ -51,6 +51,29 @@ def attention(
     return y.reshape(q.shape[0], blocks * window, *q.shape[3:])[:, :length]
 
 
+def attention_step(
+    q_BHP: Float[Array, "B H P"],
+    k_BHP: Float[Array, "B H P"],
+    v_BHP: Float[Array, "B H P"],
+    past_k_BHSP: Float[Array, "B H S P"],
+    past_v_BHSP: Float[Array, "B H S P"],
+    reach_B: Int[Array, "B"],
+) -> Float[Array, "B H P"]:
+    """``attention`` of one token to itself and to the last ``reach_B`` of S keys, which are laid out for matrix-vector products.
+
+    Past rows out of reach must be finite: their weight is zero, and nothing else is done about them.
+    """
+    wide = jnp.promote_types(q_BHP.dtype, jnp.float32)
+    keys = past_k_BHSP.shape[2]
+    seen_BS = jnp.arange(keys, 0, -1) <= reach_B[:, None]
+    past = jnp.einsum("bhp,bhsp->bhs", q_BHP, past_k_BHSP, preferred_element_type=wide)
+    own = jnp.einsum("bhp,bhp->bh", q_BHP, k_BHP, preferred_element_type=wide)
+    scores = jnp.concatenate([jnp.where(seen_BS[:, None], past, -jnp.inf), own[..., None]], axis=-1)
+    weights = jax.nn.softmax(scores / math.sqrt(q_BHP.shape[-1]), axis=-1).astype(v_BHP.dtype)
+    y = jnp.einsum("bhs,bhsp->bhp", weights[..., :-1], past_v_BHSP, preferred_element_type=wide)
+    return (y + weights[..., -1:] * v_BHP).astype(q_BHP.dtype)
+
+
 def _attend(q_BLHP: Array, k_BSHP: Array, v_BSHP: Array, reach_BL: Array) -> Array:
     """All queries with all keys. The last query is the last key's."""
     wide = jnp.promote_types(q_BLHP.dtype, jnp.float32)

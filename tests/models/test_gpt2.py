@@ -9,7 +9,7 @@ import pytest
 
 import ssm_jax
 from ssm_jax.errors import ConfigError, GenerationError
-from ssm_jax.models import GPT2Config, flops_per_token
+from ssm_jax.models import GPT2Config, config_from_dict, flops_per_token
 from tests.conformance.model import LENGTH, ModelConformance
 
 PARAMETERS = {
@@ -83,6 +83,13 @@ def test_operations_are_those_of_the_weights_and_of_the_keys_in_reach() -> None:
 def test_bad_fields_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ssm_jax.build("gpt2", **{"vocab_size": 8, "d_model": 8, "n_layers": 1, "n_heads": 2, **fields})
+
+
+def test_the_name_of_the_family_is_a_published_size_too() -> None:
+    assert ssm_jax.build("gpt2").config == config_from_dict({"preset": "gpt2"})
+    assert ssm_jax.build("gpt2", d_model=24, n_layers=1).config.n_heads == 12
+    with pytest.raises(ConfigError, match=r"'model\.n_layers'.* required"):
+        config_from_dict({"family": "gpt2", "vocab_size": 257, "d_model": 24})
 
 
 @pytest.fixture(scope="module")

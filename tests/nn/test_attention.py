@@ -121,13 +121,14 @@ def test_absent_tokens_leave_the_state_untouched(block: int) -> None:
 def test_the_state_holds_what_the_next_token_reaches_and_zeros() -> None:
     variables, x = drawn(length=11)
     _, state = run(module(8), variables, x)
-    assert state.k.shape == (2, 7, HEADS, WIDTH)
+    assert state.k.shape == (2, HEADS, 7, WIDTH)
     np.testing.assert_array_equal(state.position, 11)
-    assert not state.k[:, :4].any()
-    assert not state.v[:, :4].any()
-    assert state.k[:, 4:].all()
+    assert not state.k[:, :, :4].any()
+    assert not state.v[:, :, :4].any()
+    assert state.k[:, :, 4:].all()
     p = variables["params"]["v_proj"]
-    assert_close(state.v[:, 4:], jnp.einsum("bld,dhp->blhp", x[:, 8:], p["kernel"]) + p["bias"], 1e-5)
+    expected = jnp.einsum("bld,dhp->bhlp", x[:, 8:], p["kernel"]) + p["bias"][:, None]
+    assert_close(state.v[:, :, 4:], expected, 1e-5)
     _, state = run(module(8), variables, x[:, :8])
     assert not state.k.any(), "the next token starts a block"
 

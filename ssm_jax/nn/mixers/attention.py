@@ -11,8 +11,10 @@ from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.rotary import rotate
 from ssm_jax.nn.state import AttentionState
-from ssm_jax.ops.attention import attention
+from ssm_jax.ops.attention import attention, attention_step
 from ssm_jax.typing import Activations, Lengths, Positions
+
+_Heads = Float[Array, "B L H P"]
 
 
 class Attention(nn.Module):
@@ -46,7 +48,7 @@ class Attention(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> AttentionState:
         """Zeros: the state before any token."""
-        window = jnp.zeros((batch_size, self.block - 1, self.heads, self.head_dim), jnp.float32)
+        window = jnp.zeros((batch_size, self.heads, self.block - 1, self.head_dim), jnp.float32)
         return AttentionState(k=window, v=window, position=jnp.zeros((batch_size,), jnp.int32))
 
     @nn.compact
@@ -65,30 +67,53 @@ class Attention(nn.Module):
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
         if self.rotary_base is not None:
             q, k = (rotate(x, place_BL, self.rotary_base, self.block) for x in (q, k))
-        if state:
-            k, v = (jnp.concatenate([old.astype(x.dtype), x], axis=1) for old, x in ((state.k, k), (state.v, v)))
-        y_BLHP = attention(q, k, v, place_BL, window=self.block)
+        y_BLHP, windows = self._attend(q, k, v, place_BL, state, positions)
         out = nn.DenseGeneral(d_model, axis=(-2, -1), kernel_init=self.out_init, name="out_proj", **kinds)(y_BLHP)
 
         next_B = positions_lib.next_positions(start_B, length, positions)
-        lengths = positions_lib.lengths(positions)
-        k, v = (_window(x, length, lengths, next_B % self.block, self.block - 1) for x in (k, v))
+        lags = jnp.arange(self.block - 1, 0, -1)
+        reached_BS = lags <= (next_B % self.block)[:, None]
+        k, v = (jnp.where(reached_BS[:, None, :, None], x, 0).astype(jnp.float32) for x in windows)
         return out, AttentionState(k=k, v=v, position=next_B)
+
+    def _attend(
+        self,
+        q: _Heads,
+        k: _Heads,
+        v: _Heads,
+        place_BL: Int[Array, "B L"],
+        state: AttentionState | None,
+        positions: Positions | None,
+    ) -> tuple[_Heads, list[Array]]:
+        """The attention's result, and the last W-1 present keys and values, [B, H, W-1, P]."""
+        past = [x.astype(q.dtype) for x in (state.k, state.v)] if state else None
+        if past and q.shape[1] == 1:
+            if positions is not None:
+                past = [jnp.where(positions[:, :, None, None] == 0, 0, x) for x in past]
+            y_BHP = attention_step(q[:, 0], k[:, 0], v[:, 0], *past, place_BL[:, 0])
+            moved = [
+                jnp.concatenate([x, new[:, 0, :, None]], axis=2)[:, :, 1:] for x, new in zip(past, (k, v), strict=True)
+            ]
+            if positions is not None:
+                moved = [jnp.where(positions[:, :, None, None] < 0, x, y) for x, y in zip(past, moved, strict=True)]
+            return y_BHP[:, None], moved
+        if past:
+            k, v = (jnp.concatenate([jnp.swapaxes(old, 1, 2), x], axis=1) for old, x in zip(past, (k, v), strict=True))
+        y_BLHP = attention(q, k, v, place_BL, window=self.block)
+        lengths = positions_lib.lengths(positions)
+        return y_BLHP, [jnp.swapaxes(_window(x, q.shape[1], lengths, self.block - 1), 1, 2) for x in (k, v)]
 
 
 def _window(
-    x_BSHP: Float[Array, "B S H P"], length: int, lengths: Lengths | None, reach_B: Int[Array, "B"], size: int
+    x_BSHP: Float[Array, "B S H P"], length: int, lengths: Lengths | None, size: int
 ) -> Float[Array, "B window H P"]:
-    """The last ``size`` rows that are present, oldest first, with zeros where the next token does not reach; float32.
+    """The last ``size`` rows that are present, oldest first, zeros before them.
 
     ``x_BSHP``: the old window, if any, and ``length`` new rows, of which ``lengths`` are present.
     """
     missing = size + length - x_BSHP.shape[1]
     x_BSHP = jnp.pad(x_BSHP, ((0, 0), (missing, 0), (0, 0), (0, 0)))
     if lengths is None:
-        x_BSHP = x_BSHP[:, length:]
-    else:
-        rows = lengths[:, None] + jnp.arange(size)
-        x_BSHP = jnp.take_along_axis(x_BSHP, rows[..., None, None], axis=1)
-    lags = size - jnp.arange(size)
-    return jnp.where((lags <= reach_B[:, None])[..., None, None], x_BSHP, 0).astype(jnp.float32)
+        return x_BSHP[:, length:]
+    rows = lengths[:, None] + jnp.arange(size)
+    return jnp.take_along_axis(x_BSHP, rows[..., None, None], axis=1)
