@@ -142,6 +142,7 @@ def test_muon_orthogonalises_the_projections_and_nothing_else() -> None:
             "in_proj": {"kernel": jnp.zeros((2, 8, 2, 16))},
             "conv": {"kernel": jnp.zeros((2, 4, 16))},
             "dt_up": {"kernel": jnp.zeros((2, 1, 16))},
+            "out_proj": {"kernel": jnp.zeros((2, 3, 16, 8))},
         },
         "peeled": {"out_proj": {"kernel": jnp.zeros((16, 8))}},
     }
@@ -159,6 +160,8 @@ def test_muon_orthogonalises_the_projections_and_nothing_else() -> None:
     stacked = jnp.swapaxes(updates["muon"]["layers"]["in_proj"]["kernel"], 1, 2).reshape(4, 8, 16)
     gradient = jnp.swapaxes(grads["layers"]["in_proj"]["kernel"], 1, 2).reshape(4, 8, 16)
     matrices = [*zip(stacked, gradient, strict=True)]
+    heads = (tree["layers"]["out_proj"]["kernel"].reshape(6, 16, 8) for tree in (updates["muon"], grads))
+    matrices.extend(zip(*heads, strict=True))
     matrices.append((updates["muon"]["peeled"]["out_proj"]["kernel"], grads["peeled"]["out_proj"]["kernel"]))
     for update, gradient in matrices:
         u, _, vt = np.linalg.svd(np.asarray(gradient), full_matrices=False)

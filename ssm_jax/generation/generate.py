@@ -13,7 +13,7 @@ from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import Decoder, decode_step, logits_of, make_decoder, unstack_state
 from ssm_jax.generation.prompt import Prompts, bucket, check_prompts, pieces
 from ssm_jax.generation.sampler import NOT_A_TOKEN, Sampling, sample
-from ssm_jax.models import LanguageModel
+from ssm_jax.models import LanguageModel, registry
 from ssm_jax.nn.positions import last_present
 from ssm_jax.nn.state import LMState
 from ssm_jax.typing import Params
@@ -73,9 +73,10 @@ def generate(
 
     Raises:
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
-            logits that are not numbers.
+            a prompt that with ``max_new_tokens`` exceeds the model's context, where that is limited; logits that are not numbers.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
+    check_room(model, rows, max_new_tokens)
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
     decoder = decoder or make_decoder(model, params)
     progress = begin(model, params, decoder, rows, settings, prefill_chunk)
@@ -95,6 +96,17 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
             "in this dtype. Check the parameters for NaN, or use dtype='float32'."
         )
     return tokens_BT
+
+
+def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> None:
+    """Raises GenerationError unless the longest prompt and ``max_new_tokens`` more fit into the model's context."""
+    limit = registry.family_of(model.config).context_limit(model.config)
+    longest = max(len(prompt) for prompt in prompts)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise GenerationError(
+            f"A prompt of {longest} tokens and max_new_tokens = {max_new_tokens} exceed the {limit} positions of this model; "
+            f"shorten the prompt, or ask for at most {max(limit - longest, 0)} tokens."
+        )
 
 
 def check_settings(

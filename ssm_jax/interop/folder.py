@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssm_jax.errors import LayoutError
+from ssm_jax.interop.npz_file import read_npz
 from ssm_jax.interop.safetensors_file import read_safetensors, write_safetensors
 from ssm_jax.interop.tensor import Tensor
 from ssm_jax.interop.torch_file import read_torch, write_torch
@@ -23,10 +24,16 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "model.pt",
+    "model.npz",
 )
 """Where weights are looked for, in this order."""
 WeightFile = Literal["safetensors", "pytorch_model.bin", "model.pt"]
 _STRING_OR_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])')
+
+_FROM_TENSORFLOW = (
+    "import numpy, tensorflow; r = tensorflow.train.load_checkpoint('.'); "
+    "numpy.savez('model.npz', **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})"
+)
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
@@ -38,11 +45,18 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return _open_shards(folder / name) if name.endswith(_INDEX_SUFFIX) else open_weight_file(folder / name)
+    if (folder / "checkpoint").is_file() and any(folder.glob("*.index")):
+        raise LayoutError(
+            f"Folder {folder} holds a TensorFlow checkpoint, which only TensorFlow reads. Where that is installed, run there: "
+            f'python -c "{_FROM_TENSORFLOW}"'
+        )
     raise LayoutError(f"Folder {folder} holds no weights; one of these files is needed: {', '.join(WEIGHT_FILES)}.")
 
 
 def open_weight_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one ``.safetensors``, ``.bin`` or ``.pt`` file."""
+    """The tensors of one ``.safetensors``, ``.npz``, ``.bin`` or ``.pt`` file."""
+    if path.suffix == ".npz":
+        return read_npz(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 

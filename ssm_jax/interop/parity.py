@@ -11,12 +11,12 @@ import numpy as np
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop.layouts import Layout
 from ssm_jax.interop.tensor_map import published_shapes
-from ssm_jax.models import LanguageModel, build
+from ssm_jax.models import LanguageModel, build, registry
 from ssm_jax.typing import Params
 
 REPORT = "parity.json"
 _CHECKED_BY_DEFAULT = 200_000_000
-_TOKENS = (2, 33)
+_LENGTH = 33
 _TOLERANCE = 1e-3
 
 
@@ -60,7 +60,8 @@ def _compare(folder: Path, layout: Layout, model: LanguageModel, params: Params,
     if reason:
         return {"compared": False, "reason": reason}
     assert layout.torch_logits is not None
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, _TOKENS, dtype=np.int32)
+    limit = registry.family_of(model.config).context_limit(model.config) or _LENGTH
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, min(_LENGTH, limit)), dtype=np.int32)
     theirs = layout.torch_logits(folder, tokens)
     float32 = build(model.config, dtype="float32")
     with jax.default_matmul_precision("highest"):
@@ -74,7 +75,7 @@ def _compare(folder: Path, layout: Layout, model: LanguageModel, params: Params,
     return {
         "compared": True,
         "with": ", ".join(f"{name} {metadata.version(name)}" for name in layout.packages),
-        "tokens": list(_TOKENS),
+        "tokens": list(tokens.shape),
         "largest_logit": largest,
         "largest_difference": difference,
     }

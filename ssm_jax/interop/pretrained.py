@@ -39,7 +39,7 @@ class Source:
 def from_pretrained(
     path: str | Path, *, dtype: Any = None, shardings: Shardings | None = None, **config_overrides: Any
 ) -> tuple[LanguageModel, Params]:
-    """The model and its parameters from a Hugging Face folder, a mamba_ssm folder, or a checkpoint of ours.
+    """The model and its parameters from a Hugging Face folder, an original one, or a checkpoint of ours.
 
     The layout is recognised from the files. Leaves are filled one after another, each placed as soon as it is complete, so
     that the whole model never exists twice. Pickled weights are read without executing anything.
@@ -190,8 +190,10 @@ def _canonical(path: Path, layout: Layout, found: Mapping[str, Tensor]) -> dict[
     prefix = "model." if found and all(name.startswith("model.") for name in found) else ""
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        plain = name.removeprefix(prefix)
-        plain = layout.canonical(layout.aliases.get(plain, plain))
+        renamed = layout.rename(name.removeprefix(prefix))
+        if renamed is None:
+            continue
+        plain = layout.aliases.get(renamed, renamed)
         if plain in tensors:
             raise LayoutError(f"{path} holds {plain!r} twice, once as {name!r}; remove one of the two.")
         tensors[plain] = tensor

@@ -3,11 +3,13 @@
     {"layers.{i}.in_proj.weight": (linear("layers/mixer/in_proj/kernel"), linear("layers/mixer/B_proj/kernel"))}
 
 reads: rows of the published tensor of layer i are first those of slice i of our ``in_proj`` kernel, then those of
-``B_proj``; both are stored (out, in). A name without ``{i}`` is not stacked. The one map serves both directions. An entry
-whose leaves the model does not have (an absent bias) stands for a tensor that does not exist.
+``B_proj``; both are stored (out, in). (GPT-2 stores (in, out), and there columns stand side by side.) A name without ``{i}``
+is not stacked. The one map serves both directions. An entry whose leaves the model does not have (an absent bias) stands for
+a tensor that does not exist.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,14 +25,16 @@ from ssm_jax.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A block of rows of a published tensor, and the leaf (a path with slashes) that it is a rearrangement of.
+    """A block of a published tensor, and the leaf (a path with slashes) that it is a rearrangement of.
 
     to_torch: leaf (one layer's slice) -> block. from_torch: (block, the leaf's shape) -> leaf.
+    axis: along which the blocks of one tensor stand, the same for all of them.
     """
 
     leaf: str
     to_torch: Callable[[Any], Any]
     from_torch: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    axis: int = 0
 
 
 TensorMap = Mapping[str, tuple[Part, ...]]
@@ -39,6 +43,15 @@ TensorMap = Mapping[str, tuple[Part, ...]]
 def linear(leaf: str) -> Part:
     """A kernel [in, *out] of ours; (prod(out), in) in torch."""
     return Part(leaf, lambda w: w.reshape(w.shape[0], -1).T, lambda block, shape: block.T.reshape(shape))
+
+
+def conv1d(leaf: str, inputs: int = 1, leading: tuple[int, ...] = ()) -> Part:
+    """A kernel [*in, *out] of ours with ``inputs`` input axes; (*leading, prod(in), prod(out)) in GPT-2's Conv1D."""
+
+    def to_torch(w: Any) -> Any:
+        return w.reshape(*leading, math.prod(w.shape[:inputs]), -1)
+
+    return Part(leaf, to_torch, lambda block, shape: block.reshape(shape), axis=-1)
 
 
 def depthwise(leaf: str) -> Part:
@@ -65,8 +78,19 @@ class _Entry:
     parts: list[tuple[Part, tuple[int, ...], tuple[int, ...]]]  # part, leaf shape of one layer, block shape
 
     @property
+    def axis(self) -> int:
+        return self.parts[0][0].axis
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return sum(block[0] for *_, block in self.parts), *self.parts[0][2][1:]
+        whole = list(self.parts[0][2])
+        whole[self.axis] = sum(block[self.axis] for *_, block in self.parts)
+        return tuple(whole)
+
+    def blocks(self, array: np.ndarray) -> list[np.ndarray]:
+        """The parts of a published tensor."""
+        ends = np.cumsum([block[self.axis] for *_, block in self.parts])
+        return np.split(array, ends[:-1], self.axis)
 
 
 def to_tensors(tensor_map: TensorMap, params: Params) -> dict[str, Tensor]:
@@ -77,7 +101,7 @@ def to_tensors(tensor_map: TensorMap, params: Params) -> dict[str, Tensor]:
         def load() -> np.ndarray:
             arrays = [leaves[part.leaf][i] if entry.stacked else leaves[part.leaf] for part, *_ in entry.parts]
             blocks = [part.to_torch(np.asarray(a)) for (part, *_), a in zip(entry.parts, arrays, strict=True)]
-            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, entry.axis)
 
         return Tensor(entry.shape, np.dtype(leaves[entry.parts[0][0].leaf].dtype), load)
 
@@ -109,11 +133,9 @@ def to_params(
             part.leaf: aligned_empty(leaves[part.leaf].shape, leaves[part.leaf].dtype) for part, *_ in entry.parts
         }
         for i, name in enumerate(entry.names):
-            array, row = tensors[name].load(), 0
-            for part, shape, block in entry.parts:
-                slot = i if entry.stacked else ...
-                buffers[part.leaf][slot] = part.from_torch(array[row : row + block[0]], shape)
-                row += block[0]
+            slot = i if entry.stacked else ...
+            for (part, shape, _), block in zip(entry.parts, entry.blocks(tensors[name].load()), strict=True):
+                buffers[part.leaf][slot] = part.from_torch(block, shape)
         for leaf in list(buffers):
             # Transfers are asynchronous and hold the host array until they are done.
             placed[leaf] = jax.block_until_ready(place(leaf, buffers.pop(leaf)))

@@ -1,6 +1,7 @@
 """Language models: ``build``, the families and the published sizes."""
 
 from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
+from ssm_jax.models.gpt2 import GPT2Config
 from ssm_jax.models.gss import GSSConfig
 from ssm_jax.models.lm import LanguageModel
 from ssm_jax.models.mamba import MambaConfig
@@ -10,6 +11,7 @@ from ssm_jax.models.registry import FAMILIES, PRESETS, config_from_dict, config_
 __all__ = [
     "FAMILIES",
     "PRESETS",
+    "GPT2Config",
     "GSSConfig",
     "LanguageModel",
     "Mamba2Config",

@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import gss, mamba, mamba2
-from ssm_jax.models.common import rms_norm
+from ssm_jax.models import gpt2, gss, mamba, mamba2
+from ssm_jax.models.common import layer_norm, rms_norm
 from ssm_jax.typing import Params
 
 
@@ -51,6 +51,14 @@ FAMILIES: dict[str, Family] = {
         derive=gss.derive,
         aliases=gss.ALIASES,
     ),
+    "gpt2": Family(
+        gpt2.GPT2Config,
+        gpt2.layer,
+        gpt2.PRESETS,
+        gpt2.flops_per_token,
+        final_norm=layer_norm,
+        context_limit=lambda config: config.n_positions,
+    ),
 }
 
 PRESETS: dict[str, str] = {name: family for family, entry in FAMILIES.items() for name in entry.presets}
@@ -71,7 +79,10 @@ def family_of(config: Any) -> Family:
 
 
 def make_config(name: str, **fields: Any) -> Any:
-    """The config of a family ("mamba") or of a published size ("mamba-130m"), with fields set or overridden."""
+    """The config of a family ("mamba") or of a published size ("mamba-130m"), with fields set or overridden.
+
+    "gpt2" is both, and here the size.
+    """
     if name in PRESETS:
         family = FAMILIES[PRESETS[name]]
         fields = {**family.presets[name], **fields}
@@ -102,6 +113,8 @@ def config_from_dict(content: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"Config key 'model.preset' is {preset!r}, which is not of model.family {family!r}; drop one."
         )
+    if preset is None and family in FAMILIES:
+        return config_lib.from_dict(FAMILIES[family].config, fields, "model.")
     return make_config(str(preset or family), **fields)
 
 

@@ -63,6 +63,25 @@ class DSSState:
 
 
 @struct.dataclass
+class AttentionState:
+    """State of an attention layer over blocks of W tokens, float32.
+
+    k, v: keys (rotated, if they are) and values of the last W-1 tokens, oldest first, [B, H, W-1, P]; zero where the next token
+        does not reach: before its document and before its block.
+    position: of the next token in its document, int32 [B].
+    """
+
+    k: Any
+    v: Any
+    position: Any
+    AXES: ClassVar[dict[str, Axes]] = {
+        "k": ("batch", "heads", "window", "head_dim"),
+        "v": ("batch", "heads", "window", "head_dim"),
+        "position": ("batch",),
+    }
+
+
+@struct.dataclass
 class LMState:
     """State of a language model.
 

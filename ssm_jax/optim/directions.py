@@ -48,10 +48,10 @@ def _labels(params: PyTree) -> PyTree:
 
 
 def _dimensions(params: PyTree) -> PyTree:
-    """A kernel [layers, in, ..., out] is layers x ... matrices [in, out]."""
+    """A kernel [layers, in, ..., out] is layers x ... matrices [in, out]; attention's out_proj [layers, heads, in, out] too."""
 
     def axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers:
-        return contrib.MuonDimensionNumbers(reduction_axis=_input_axis(path), output_axis=leaf.ndim - 1)
+        return contrib.MuonDimensionNumbers(reduction_axis=_input_axis(path, leaf), output_axis=leaf.ndim - 1)
 
     return jax.tree.map_with_path(axes, params)
 
@@ -61,10 +61,11 @@ def _like_adam(updates: PyTree, params: PyTree) -> PyTree:
     del params
 
     def scale(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf * (_ADAM_RMS * math.sqrt(max(leaf.shape[_input_axis(path)], leaf.shape[-1])))
+        return leaf * (_ADAM_RMS * math.sqrt(max(leaf.shape[_input_axis(path, leaf)], leaf.shape[-1])))
 
     return jax.tree.map_with_path(scale, updates)
 
 
-def _input_axis(path: tuple) -> int:
-    return int(_STACK in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+def _input_axis(path: tuple, leaf: jax.Array) -> int:
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return leaf.ndim - 2 if "out_proj" in parts else int(_STACK in parts)

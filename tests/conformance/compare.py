@@ -27,3 +27,21 @@ def assert_trees_close(got: Any, expected: Any, atol: float, *, relative: bool =
             assert_close(got_leaf, expected_leaf, atol * scale)
         except AssertionError as error:
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {error}") from None
+
+
+def assert_gradients_close(got: Any, expected: Any, atol: float, ineffective: tuple[str, ...] = ()) -> None:
+    """``assert_trees_close``, relative; ``ineffective`` leaves (path ends) are rounding errors and only have to be small.
+
+    They are at most 1e-6 of the largest entry of all leaves.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
+
+    def settled(path: Any, leaf: Any) -> Any:
+        if not jax.tree_util.keystr(path, simple=True, separator="/").endswith(ineffective):
+            return leaf
+        assert_close(leaf, np.zeros_like(leaf), 1e-6 * largest)
+        return np.zeros_like(leaf)
+
+    got, expected = (jax.tree_util.tree_map_with_path(settled, tree) for tree in (got, expected))
+    assert_trees_close(got, expected, atol, relative=True)

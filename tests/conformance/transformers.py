@@ -29,6 +29,7 @@ class TransformersParity:
     """Subclass with ``configs``: id -> config, marked ``torch``. Random models, exported by us and loaded there."""
 
     configs: dict[str, Any]
+    logits = LOGITS
 
     @pytest.fixture(autouse=True)
     def _exact_products_on_one_thread(self) -> Iterator[None]:
@@ -67,7 +68,7 @@ class TransformersParity:
                 suppress_tokens=padding or None,
             )
         logits, loss, gradients = _ours(model, params, jnp.asarray(tokens, jnp.int32))
-        assert_close(logits, result.logits.detach().numpy(), LOGITS)
+        assert_close(logits, result.logits.detach().numpy(), self.logits)
         assert_close(loss, result.loss.item(), LOSS)
         published = to_tensors(writable(family_name(config), "transformers").tensors, gradients)
         expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
@@ -95,14 +96,14 @@ class TransformersParity:
         assert (tmp_path / "model.safetensors.index.json").is_file()
         model, params = ssm_jax.from_pretrained(tmp_path)
         assert model.config.padded_vocab_size == config.padded_vocab_size
-        assert_close(apply(model, params, jnp.asarray(tokens, jnp.int32))[0], expected, LOGITS)
+        assert_close(apply(model, params, jnp.asarray(tokens, jnp.int32))[0], expected, self.logits)
 
     def test_the_report_says_how_far_pytorch_is(self, config: Any, tmp_path: Path) -> None:
         model, params = random_model(config)
         ssm_jax.save_pretrained(model, params, tmp_path / "exported", check=True)
         logits = read_json(tmp_path / "exported" / "parity.json")["logits"]
         assert logits["compared"]
-        assert 0 < logits["largest_difference"] < LOGITS
+        assert 0 < logits["largest_difference"] < self.logits
         assert logits["largest_logit"] > 1
 
 

@@ -54,7 +54,7 @@ def test_a_row_is_what_its_prompt_gives_alone() -> None:
     np.testing.assert_array_equal(generate(model, params, PROMPTS[:1], 24, **DRAWN)[0], _drawn("mamba")[0])
 
 
-@pytest.mark.parametrize(("family", "chunk"), [("mamba", 1), ("mamba", 16), ("mamba", 23), ("mamba2", 16)])
+@pytest.mark.parametrize(("family", "chunk"), [("mamba", 1), ("mamba", 16), ("mamba", 23), ("mamba2", 16), ("gpt2", 7)])
 def test_prompts_read_in_chunks_give_the_same(family: str, chunk: int) -> None:
     np.testing.assert_array_equal(generate(*tiny(family), PROMPTS, 24, prefill_chunk=chunk), _greedy(family))
 

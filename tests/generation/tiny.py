@@ -11,8 +11,14 @@ import ssm_jax
 from ssm_jax.models import LanguageModel
 
 VOCAB = 61  # padded to 64 rows
-FIELDS: dict[str, dict[str, Any]] = {"mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "headdim": 8}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "mamba": {"d_state": 4},
+    "mamba2": {"d_state": 8, "headdim": 8},
+    "gpt2": {"n_heads": 4, "n_positions": 64, "pad_vocab_size_multiple": 8},
+}
 FAMILIES = tuple(FIELDS)
+SCALES = {"gpt2": 2.0}
+"""Mean of the norms' scales, 0 where not given. Against a bias in the last norm a small one would always lose."""
 
 
 @functools.cache
@@ -21,7 +27,12 @@ def tiny(family: str, vocab_size: int = VOCAB) -> tuple[LanguageModel, Any]:
     model = ssm_jax.build(family, vocab_size=vocab_size, d_model=16, n_layers=2, **FIELDS[family])
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        mean = SCALES.get(family, 0.0) if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, 0.4, leaf.shape), jnp.float32)
+
+    return model, jax.tree.map_with_path(draw, shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

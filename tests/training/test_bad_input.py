@@ -38,6 +38,8 @@ def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model__family": "mambo"}, ConfigError, r"'mambo' is unknown; did you mean 'mamba'"),
         ({"model__vocab_size": 256}, ConfigError, r"'model\.vocab_size' is 256 and the data in .* has 257 token ids"),
         ({"data__seq_len": 64}, DataError, r"'data\.seq_len' is 64 and the data in .* has rows of 32"),
+        ({"model__family": "gpt2", "model__n_heads": 2, "model__n_positions": 16}, DataError,
+         r"has rows of 32 tokens, and the model reads at most 16; prepare .* --seq-len 16, or set model\.n_positions=32"),
         ({"data__path": "null"}, ConfigError, "section 'data': exactly one of path and mixture must be set"),
         ({"data__path": "/nowhere"}, DataError, r"/nowhere is not prepared data"),
         ({"batch__size": 12}, ConfigError, r"'batch\.size' is 12; .* mesh\.fsdp=8 .* choose a multiple of 8"),

@@ -23,8 +23,12 @@ OPTIM = OptimConfig(lr=1e-2, schedule="constant")
 
 @functools.cache
 def small_model(family: str = "mamba") -> LanguageModel:
-    extra = {} if family == "mamba" else {"headdim": 4, "d_state": 8, "ngroups": 2}
-    return ssm_jax.build(family, vocab_size=VOCAB, d_model=16, n_layers=2, **extra)
+    extra = {
+        "mamba": {},
+        "mamba2": {"headdim": 4, "d_state": 8, "ngroups": 2},
+        "gpt2": {"n_heads": 4, "n_positions": LENGTH},
+    }
+    return ssm_jax.build(family, vocab_size=VOCAB, d_model=16, n_layers=2, **extra[family])
 
 
 def random_batch(seed: int) -> dict[str, np.ndarray]:
@@ -202,6 +206,10 @@ def test_weight_decay_of_the_real_models() -> None:
         "mamba2": {
             "A_log", "D", "dt_bias", "conv_x/bias", "conv_B/bias", "conv_C/bias", "mixer/norm/scale", "norm_f/scale",
             "layers/norm/scale",
+        },
+        "gpt2": {
+            "q_proj/bias", "k_proj/bias", "v_proj/bias", "out_proj/bias", "up_proj/bias", "down_proj/bias", "norm_f/scale",
+            "norm_f/bias", "layers/norm/scale", "layers/norm/bias", "mlp_norm/scale", "mlp_norm/bias",
         },
     }  # fmt: skip
     for family, endings in kept_out.items():

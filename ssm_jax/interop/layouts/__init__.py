@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import gss, mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts import gpt2, gss, mamba_ssm, mistral, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -22,6 +22,8 @@ LAYOUTS: tuple[Layout, ...] = (
     mistral.MAMBA2,
     gss.PACKAGE,
     gss.PUBLISHED,
+    gpt2.TRANSFORMERS,
+    gpt2.OPENAI,
 )
 
 
@@ -47,7 +49,7 @@ def nearest(names: Collection[str]) -> Layout | None:
     """The layout of whose first layer most tensors are there, if it is at least half of them."""
 
     def part(row: Layout) -> float:
-        canonical = {row.canonical(row.aliases.get(name, name)) for name in names}
+        canonical = {row.aliases.get(plain, plain) for plain in map(row.rename, names) if plain is not None}
         wanted = {name.format(i=0) for name in row.tensors if "{i}" in name}
         return len(wanted & canonical) / len(wanted)
 

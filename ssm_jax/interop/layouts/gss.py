@@ -65,7 +65,7 @@ model = AutoregressiveWrapper(GatedStateSpacesLM(**config))
 model.load_state_dict(torch.load("{path}/model.pt"))"""
 
 
-def _canonical(name: str) -> str:
+def _rename(name: str) -> str:
     plain = re.sub(r"^layers\.(\d+)\.0\.", r"layers.\1.", name.removeprefix(_PREFIX))
     return _HEAD if plain == "to_logits.1.weight" else plain
 
@@ -184,7 +184,7 @@ PACKAGE = Layout(
     load_in_torch=_LOAD_PACKAGE,
     torch_logits=_torch_logits,
     packages=("torch", "gated_state_spaces_pytorch"),
-    canonical=_canonical,
+    rename=_rename,
     spelling=_spelling,
     infer=_infer,
 )

@@ -26,7 +26,7 @@ class Layout:
         raises LayoutError for what the format cannot say. None: the layout is only read.
     tensors: published names and how they are made of our leaves.
     aliases: other spellings of published names, old -> the one in ``tensors``.
-    canonical: the same for spellings that follow a rule, such as a wrapper's prefix.
+    rename: the same for spellings that follow a rule; None for a tensor that is no parameter. Comes before ``aliases``.
     spelling: (our config, name in ``tensors``) -> the name to write, where it depends on the model.
     infer: (fields read, tensors under their canonical names) -> fields that the weights say better than the config does.
     embedding, head: published names of the token table and the head, for the rules of tied heads.
@@ -56,6 +56,6 @@ class Layout:
     config_file: str = "config.json"
     torch_logits: Callable[[Path, np.ndarray], np.ndarray] | None = None
     packages: tuple[str, ...] = ("torch", "transformers")
-    canonical: Callable[[str], str] = lambda name: name
+    rename: Callable[[str], str | None] = lambda name: name
     spelling: Callable[[Any, str], str] = lambda config, name: name
     infer: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]] = lambda fields, tensors: {}

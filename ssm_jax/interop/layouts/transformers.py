@@ -19,7 +19,7 @@ from ssm_jax.models import Mamba2Config, MambaConfig
 
 EMBEDDING = "backbone.embeddings.weight"
 _ALIASES = {"backbone.embedding.weight": EMBEDDING}
-_LOAD = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}")'
+LOAD = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}")'
 
 
 def _detect_mamba(config: Json, names: Collection[str]) -> bool:
@@ -199,7 +199,7 @@ MAMBA = Layout(
     differing_head="untie",
     stores_tied_head=False,
     weights="safetensors",
-    load_in_torch=_LOAD,
+    load_in_torch=LOAD,
     torch_logits=torch_logits,
 )
 MAMBA2 = Layout(
@@ -215,6 +215,6 @@ MAMBA2 = Layout(
     differing_head="untie",
     stores_tied_head=False,
     weights="safetensors",
-    load_in_torch=_LOAD,
+    load_in_torch=LOAD,
     torch_logits=torch_logits,
 )

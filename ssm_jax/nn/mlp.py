@@ -1,0 +1,45 @@
+"""The two-layer perceptron of a transformer block."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+
+from ssm_jax.nn import initializers
+from ssm_jax.typing import Activations
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""By name. "gelu" is x Phi(x), with the error function; "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+
+
+class MLP(nn.Module):
+    """activation(x W_up + b) W_down + b.
+
+    Attributes:
+        width: of the layer between. activation: a key of ``ACTIVATIONS``.
+        kernel_init, out_init: initialisers of ``up_proj`` and ``down_proj``.
+    """
+
+    width: int
+    activation: str = "gelu"
+    bias: bool = True
+    kernel_init: Initializer = initializers.torch_linear
+    out_init: Initializer = initializers.torch_linear
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Activations) -> Activations:
+        kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down_proj", **kinds)(hidden)
