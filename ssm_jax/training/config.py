@@ -35,13 +35,15 @@ class DataConfig:
     """Prepared data (``python -m train.prepare_data``).
 
     path: its folder. mixture: instead, several corpora with weights. seq_len: the rows' length, if you want it checked. seed: of
-    the order in which rows are read.
+    the order in which rows are read. joined: read a row as one document, whatever begins in it, as many recipes do; else nothing
+    crosses a document start.
     """
 
     path: str | None = None
     mixture: tuple[CorpusConfig, ...] = ()
     seq_len: int | None = None
     seed: int = 0
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.mixture):

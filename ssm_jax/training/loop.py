@@ -20,6 +20,7 @@ from ssm_jax.training import distillation, saving, summary
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.config import RunConfig, interval
+from ssm_jax.training.losses import seen
 from ssm_jax.training.metrics import Meter, MetricsLog, require_trackers
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.run import Run
@@ -76,7 +77,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         compile_started = time.monotonic()
         objective = distillation.objective_of(run)
         step = make_step(model, config.optim, config.batch.microbatches, sharding.batch_parts(mesh), objective)
-        batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh)
+        batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh, config.data.joined)
         fixed_shapes = distillation.fixed(frozen_shapes, teacher)
         train_step = compile_step(step, shapes, fixed_shapes, batch_shapes, mesh)
         compile_s = time.monotonic() - compile_started
@@ -148,7 +149,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _rows(run: Run, start_row: int) -> Iterator[Row]:
-    return batches(
+    rows = batches(
         run.data,
         batch_size=run.config.batch.size,
         seed=run.config.data.seed,
@@ -156,6 +157,7 @@ def _rows(run: Run, start_row: int) -> Iterator[Row]:
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
     )
+    return (seen(row, run.config.data.joined) for row in rows)
 
 
 def _steps(config: RunConfig, data: Mixture) -> int | None:

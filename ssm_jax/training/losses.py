@@ -12,7 +12,7 @@ from ssm_jax.ops import linear_cross_entropy
 from ssm_jax.typing import Activations, Key, Params
 
 Batch = Mapping[str, jax.Array]
-"""tokens, targets, positions int32 and weights float32, all [B, L]."""
+"""tokens, targets, positions int32 and weights float32, all [B, L]; without positions a row is one document."""
 
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 """(weighted sum, weight) of "loss", which is minimised, and of whatever else is of interest; float32, they add up over batches."""
@@ -62,12 +62,17 @@ def next_token_loss(
     )
 
 
+def seen(row: Mapping[str, Any], joined: bool) -> dict[str, Any]:
+    """What the model sees of rows: without their positions where documents are joined, so that each row is one document."""
+    return {name: value for name, value in row.items() if not (joined and name == "positions")}
+
+
 def features(model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None) -> Activations:
     """Final hidden states of a batch, every row from a fresh state."""
     features_BLD, _ = model.apply(
         {"params": params},
         batch["tokens"],
-        positions=batch["positions"],
+        positions=batch.get("positions"),
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="features",

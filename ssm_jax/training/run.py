@@ -194,7 +194,10 @@ def identity(config: RunConfig, data: Mixture, teacher: Teacher | None = None) -
         "model": content["model"],
         "init_from": config.init_from,
         "distill": None if teacher is None else {**content["distill"], "teacher": teacher.fingerprint},
-        "data": {"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
+        "data": {
+            **{"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
+            **({"joined": True} if config.data.joined else {}),
+        },
         "optim": content["optim"],
         "batch": content["batch"],
         "train": {name: content["train"][name] for name in ("steps", "epochs", "time_budget_s")},

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
-from ssm_jax.training.losses import Batch, Objective, Sums, next_token_objective
+from ssm_jax.training import derived
+from ssm_jax.training.losses import Batch, Objective, Sums, next_token_objective, seen
 from ssm_jax.training.state import TrainState
 from ssm_jax.typing import Params, PyTree
 
@@ -44,10 +45,17 @@ def make_step(
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
 
+        params, pull_back = state.params, None
+        if microbatches > 1:
+            length = batch["tokens"].shape[1]
+            params, pull_back = jax.vjp(lambda params: derived.extended(model, params, frozen, length), params)
+
         def of_part(part: Batch, key: jax.Array, index: jax.Array) -> tuple[Sums, Params]:
-            return objective(state.params, frozen, part, key, index)
+            return objective(params, frozen, part, key, index)
 
         sums, grads = _accumulate(of_part, batch, dropout_key, state.step * microbatches, microbatches)
+        if pull_back is not None:
+            (grads,) = pull_back(grads)
         loss, weight = sums.pop("loss")
         scale = _inverse(weight)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
@@ -90,11 +98,12 @@ def compile_step(
     return jitted.lower(abstract_state, abstract_frozen, abstract_batch).compile()
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch."""
+def abstract_batch(rows: int, length: int, mesh: Mesh, joined: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch; see ``losses.seen``."""
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
     placed = sharding.batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in kinds.items()}
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=placed) for name, kind in kinds.items()}
+    return seen(shapes, joined)
 
 
 def _inverse(weight: jax.Array) -> jax.Array:

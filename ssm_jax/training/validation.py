@@ -11,7 +11,7 @@ from ssm_jax import distributed, optim, sharding
 from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import PackedDataset
-from ssm_jax.training.losses import next_token_loss
+from ssm_jax.training.losses import next_token_loss, seen
 from ssm_jax.training.run import Run
 from ssm_jax.typing import Params
 
@@ -41,7 +41,7 @@ def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
             process_count=distributed.process_count(),
         )
         parts = [
-            sums(trainable, frozen, sharding.put_batch(row, run.mesh))
+            sums(trainable, frozen, sharding.put_batch(seen(row, config.data.joined), run.mesh))
             for row in itertools.islice(rows, config.eval.batches)
         ]
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*parts, strict=True))
