@@ -90,7 +90,7 @@ class Attention(nn.Module):
         if past and q.shape[1] == 1:
             if positions is not None:
                 past = [jnp.where(positions[:, :, None, None] == 0, 0, x) for x in past]
-            y_BHP = attention_step(q[:, 0], k[:, 0], v[:, 0], *past, place_BL[:, 0])
+            y_BHP = attention_step(q[:, 0], k[:, 0], v[:, 0], past[0], past[1], place_BL[:, 0])
             moved = [
                 jnp.concatenate([x, new[:, 0, :, None]], axis=2)[:, :, 1:] for x, new in zip(past, (k, v), strict=True)
             ]
