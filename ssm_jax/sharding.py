@@ -45,17 +45,18 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 """Logical axis -> mesh axis. ``inner`` is a mixer's channels or heads: an axis of size E or H."""
 
-_MIXER = r"layers/mixer/"
+_LAYER = r"layers/(members_\d+/)?"
+_MIXER = _LAYER + r"mixer/"
 PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"embed_position/embedding", (None, "embed")),
     (r"head/kernel", ("embed", "vocab")),
     (r"norm_f/(scale|bias)", ("norm",)),
-    (r"layers/(norm|mlp_norm)/(scale|bias)", ("layers", "norm")),
-    (r"layers/mlp/up_proj/kernel", ("layers", "embed", "inner")),
-    (r"layers/mlp/up_proj/bias", ("layers", "inner")),
-    (r"layers/mlp/down_proj/kernel", ("layers", "inner", "embed")),
-    (r"layers/mlp/down_proj/bias", ("layers", "norm")),
+    (_LAYER + r"(norm|mlp_norm)/(scale|bias)", ("layers", "norm")),
+    (_LAYER + r"mlp/up_proj/kernel", ("layers", "embed", "inner")),
+    (_LAYER + r"mlp/up_proj/bias", ("layers", "inner")),
+    (_LAYER + r"mlp/down_proj/kernel", ("layers", "inner", "embed")),
+    (_LAYER + r"mlp/down_proj/bias", ("layers", "norm")),
     (_MIXER + r"in_proj/kernel", ("layers", "embed", None, "inner")),
     (_MIXER + r"in_proj/bias", ("layers", None, "inner")),
     (_MIXER + r"out_proj/kernel", ("layers", "inner", "embed")),

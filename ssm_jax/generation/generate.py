@@ -1,7 +1,6 @@
 """Generation: prompts of unequal length in one prefill pass, then one compiled loop on the device, in constant memory."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,23 +11,13 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Key
 from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import Decoder, decode_step, logits_of, make_decoder, unstack_state
 from ssm_jax.generation.prompt import Prompts, bucket, check_prompts, pieces
-from ssm_jax.generation.sampler import NOT_A_TOKEN, Sampling, sample
+from ssm_jax.generation.sampler import NOT_A_TOKEN, sample
+from ssm_jax.generation.settings import PREFILL_CHUNK, Settings, check_settings
+from ssm_jax.generation.windowed import windowed
 from ssm_jax.models import LanguageModel, registry
 from ssm_jax.nn.positions import last_present
 from ssm_jax.nn.state import LMState
 from ssm_jax.typing import Params
-
-PREFILL_CHUNK = 2048
-"""Tokens of a prompt that are read at once."""
-
-
-class Settings(NamedTuple):
-    """What may change between calls without compiling anything. ``eos_id`` is -1 for none."""
-
-    sampling: Sampling
-    key: Key[Array, ""]
-    eos_id: Int[Array, ""]
-    pad_id: Int[Array, ""]
 
 
 class Progress(NamedTuple):
@@ -53,6 +42,7 @@ def generate(
     *,
     prefill_chunk: int = PREFILL_CHUNK,
     decoder: Decoder | None = None,
+    window: int | None = None,
 ) -> Int32[np.ndarray, "B T"]:
     """New tokens that continue each prompt, int32 [B, max_new_tokens].
 
@@ -70,15 +60,23 @@ def generate(
         key: randomness, required when temperature > 0. The draws of row i depend on (key, i) alone.
         prefill_chunk: tokens of the prompts that are read at once; bounds memory and changes nothing else.
         decoder: ``make_decoder(model, params)``, for parameters that are used in many short calls; each makes its own else.
+        window: see only the last so many tokens, reading them again for every new one, as originals without a recurrent form do.
+            Slow; for comparison with them. None forgets nothing.
 
     Raises:
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
             a prompt that with ``max_new_tokens`` exceeds the model's context, where that is limited; logits that are not numbers.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
-    check_room(model, rows, max_new_tokens)
+    if window is not None and window < 1:
+        raise GenerationError(f"window is {window}; it must be at least 1, or None to forget nothing.")
+    check_room(
+        model, rows if window is None else [row[-window:] for row in rows], max_new_tokens if window is None else 0
+    )
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)
     decoder = decoder or make_decoder(model, params)
+    if window is not None:
+        return require_tokens(windowed(model, params, decoder, rows, settings, max_new_tokens, window))
     progress = begin(model, params, decoder, rows, settings, prefill_chunk)
     first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
     if max_new_tokens == 1:
@@ -107,42 +105,6 @@ def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_
             f"A prompt of {longest} tokens and max_new_tokens = {max_new_tokens} exceed the {limit} positions of this model; "
             f"shorten the prompt, or ask for at most {max(limit - longest, 0)} tokens."
         )
-
-
-def check_settings(
-    model: LanguageModel,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    eos_id: int | None,
-    key: Key[Array, ""] | None,
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Settings:
-    """The settings as arrays; raises GenerationError for one that is out of range."""
-    vocab_size = model.config.vocab_size
-    if max_new_tokens < 1:
-        raise GenerationError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise GenerationError(f"temperature is {temperature}; it must be 0 (greedy) or positive.")
-    if top_k is not None and top_k < 1:
-        raise GenerationError(f"top_k is {top_k}; it must be at least 1, or None for no limit.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise GenerationError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for no limit.")
-    if eos_id is not None and not 0 <= eos_id < vocab_size:
-        raise GenerationError(
-            f"eos_id is {eos_id}, outside the vocabulary of {vocab_size} tokens; give the tokenizer's."
-        )
-    if prefill_chunk < 1:
-        raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
-    if temperature == 0:
-        sampling, key = Sampling(), jax.random.key(0)
-    elif key is None:
-        raise GenerationError("temperature > 0 draws at random and needs a key; pass key=jax.random.key(0).")
-    else:
-        limit = None if top_k is None else jnp.int32(min(top_k, vocab_size))
-        sampling = Sampling(jnp.float32(temperature), limit, None if top_p is None else jnp.float32(top_p))
-    return Settings(sampling, key, eos_id=jnp.int32(-1 if eos_id is None else eos_id), pad_id=jnp.int32(eos_id or 0))
 
 
 def begin(

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key
 
 from ssm_jax.generation.decoder import Decoder, make_decoder
-from ssm_jax.generation.generate import PREFILL_CHUNK, begin, check_room, check_settings, decode, require_tokens
+from ssm_jax.generation.generate import begin, check_room, decode, require_tokens
 from ssm_jax.generation.prompt import check_prompts
+from ssm_jax.generation.settings import PREFILL_CHUNK, check_settings
 from ssm_jax.models import LanguageModel
 from ssm_jax.typing import Params
 

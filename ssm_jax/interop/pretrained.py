@@ -141,9 +141,9 @@ def save_pretrained(
     refuse_existing(path, overwrite)
     special = dict(special_tokens) if special_tokens is not None else tokenizer_files.special_tokens(tokenizer)
     try:
-        tensors = _published_tensors(row, model, params)
         assert row.write_files is not None
-        described = row.write_files(model.config, _widest(tensors), special)
+        described = row.write_files(model.config, _widest(params), special)
+        tensors = _published_tensors(row, model, params)
     except LayoutError as error:
         raise LayoutError(f"This model cannot be written in the layout {row.name!r}: {error}") from error
     with new_folder(path, overwrite) as folder:
@@ -237,9 +237,9 @@ def _published_tensors(row: Layout, model: LanguageModel, params: Params) -> dic
     return {row.spelling(model.config, name): tensor for name, tensor in tensors.items()}
 
 
-def _widest(tensors: Mapping[str, Tensor]) -> str:
+def _widest(params: Params) -> str:
     """The one type that a config states for the whole model, such that nothing is rounded when PyTorch loads it."""
-    return str(max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize).name)
+    return str(max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize).name)
 
 
 def _unsaid(row: Layout, content: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -46,6 +46,7 @@ FAMILIES: dict[str, Family] = {
         gss.layer,
         gss.PRESETS,
         gss.flops_per_token,
+        repeats=gss.repeats,
         final_norm=gss.final_norm,
         embedding_std=1.0,
         derive=gss.derive,

@@ -14,9 +14,16 @@ from ssm_jax.optim import directions, schedules
 from ssm_jax.optim.partition import paths
 from ssm_jax.typing import Params, PyTree
 
-NO_DECAY = (r"(^|/)A_log$", r"(^|/)D$", r"(^|/)dt_bias$", r"(^|/)bias$", r"(^|/)scale$")
-"""Weight decay skips A_log, D and dt_bias (mamba_ssm marks them), every other bias and every norm. It reaches all kernels, the
-convolution's included, and the embedding: mamba_ssm marks neither."""
+NO_DECAY = (
+    r"(^|/)A_log$",
+    r"(^|/)(Lambda|C)_(real|imag)$",
+    r"(^|/)D$",
+    r"(^|/)dt_bias$",
+    r"(^|/)bias$",
+    r"(^|/)scale$",
+)
+"""Weight decay skips A_log, D and dt_bias (mamba_ssm marks them), Lambda and C (as the DSS code does), every other bias and every
+norm. It reaches all kernels, the convolution's included, and the embedding: mamba_ssm marks neither."""
 
 
 @dataclasses.dataclass(frozen=True)

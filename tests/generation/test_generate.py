@@ -13,8 +13,9 @@ import ssm_jax
 from ssm_jax import generate
 from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import decode_step, make_decoder, unstack_state
-from ssm_jax.generation.generate import _prefill, begin, check_settings, decode
+from ssm_jax.generation.generate import _prefill, begin, decode
 from ssm_jax.generation.prompt import check_prompts, pieces
+from ssm_jax.generation.settings import check_settings
 from ssm_jax.generation.stream import stream
 from tests.conformance.compare import assert_close
 from tests.generation.tiny import FAMILIES, VOCAB, full_logits, tiny
@@ -252,3 +253,30 @@ def test_bad_input_is_named(case: str) -> None:
     prompts, settings, message = BAD[case]
     with pytest.raises(GenerationError, match=message):
         generate(*tiny("mamba"), prompts, **{"max_new_tokens": 4, **settings})
+
+
+def test_a_window_is_the_full_forward_over_the_last_tokens() -> None:
+    """Unequal prompts, some longer than the window; an end mark ends a lane; every token equals the argmax over the window."""
+    model, params = tiny("mamba")
+    window, count = 7, 9
+    prompts = [np.array([3, 1, 4], np.int32), np.arange(1, 12, dtype=np.int32)]
+    tokens = generate(model, params, prompts, max_new_tokens=count, window=window)
+    for prompt, written in zip(prompts, tokens, strict=True):
+        seen = list(prompt)
+        for token in written:
+            logits, _ = model.apply({"params": params}, jnp.asarray([seen[-window:]], jnp.int32), logits="last")
+            assert int(jnp.argmax(logits[0, 0, : model.config.vocab_size])) == token
+            seen.append(int(token))
+    ended = generate(model, params, prompts, max_new_tokens=count, window=window, eos_id=int(tokens[0, 2]))
+    np.testing.assert_array_equal(ended[0, 2:], tokens[0, 2])
+
+
+def test_a_window_that_holds_everything_changes_nothing() -> None:
+    model, params = tiny("mamba")
+    prompts = [np.array([3, 1, 4], np.int32), np.arange(1, 12, dtype=np.int32)]
+    how = {"temperature": 0.9, "key": jax.random.key(5)}
+    np.testing.assert_array_equal(
+        generate(model, params, prompts, 6, window=32, **how), generate(model, params, prompts, 6, **how)
+    )
+    with pytest.raises(GenerationError, match="window is 0; it must be at least 1"):
+        generate(model, params, prompts, 6, window=0)

@@ -14,10 +14,11 @@ VOCAB = 61  # padded to 64 rows
 FIELDS: dict[str, dict[str, Any]] = {
     "mamba": {"d_state": 4},
     "mamba2": {"d_state": 8, "headdim": 8},
+    "gss": {"dss_kernel_N": 8, "dss_kernel_H": 8, "final_norm": True, "pad_vocab_size_multiple": 8},
     "gpt2": {"n_heads": 4, "n_positions": 64, "pad_vocab_size_multiple": 8},
 }
 FAMILIES = tuple(FIELDS)
-SCALES = {"gpt2": 2.0}
+SCALES = {"gpt2": 2.0, "gss": 2.0}
 """Mean of the norms' scales, 0 where not given. Against a bias in the last norm a small one would always lose."""
 
 

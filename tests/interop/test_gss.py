@@ -45,7 +45,7 @@ def rewritten(folder: str, target: Path, rename: Callable[[str], str | None]) ->
 
 
 @pytest.mark.parametrize(
-    ("folder", "layout", "tensors"), [(PLAIN, "gated_state_spaces", 28), (PATCHED, "naxalpha", 43)]
+    ("folder", "layout", "tensors"), [(PLAIN, "gated_state_spaces", 30), (PATCHED, "naxalpha", 46)]
 )
 def test_goldens_are_recognised(folder: str, layout: str, tensors: int) -> None:
     source = ssm_jax.interop.pretrained.open_folder(GOLDENS / folder)
@@ -199,7 +199,11 @@ def test_weights_of_another_family_name_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"norm_eps": 1e-6}, "the package has only 1e-05"), ({"pad_vocab_size_multiple": 8}, "the token table is padded")],
+    [
+        ({"attention_every": 2, "attention_heads": 2}, "attention_every is set, and the package has no attention"),
+        ({"norm_eps": 1e-6}, "the package has only 1e-05"),
+        ({"pad_vocab_size_multiple": 8}, "the token table is padded"),
+    ],
 )
 def test_what_the_package_cannot_express_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     model = ssm_jax.build(CONFIGS["plain"], **fields)

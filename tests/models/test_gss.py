@@ -41,6 +41,17 @@ class TestGSS(ModelConformance):
     layouts = ("gated_state_spaces", "naxalpha")
 
 
+class TestHybrid(ModelConformance):
+    """One layer in two attends within chunks of 5 tokens."""
+
+    configs = {
+        "hybrid": GSSConfig(
+            **{**SMALL, "n_layers": 4}, attention_every=2, attention_heads=2, attention_chunk=5, init="slow", memory=16
+        )
+    }
+    layouts = ("ssm_jax",)
+
+
 @pytest.fixture(autouse=True)
 def _exact_products() -> Any:
     with jax.default_matmul_precision("highest"):
@@ -122,6 +133,16 @@ def test_golden_greedy_tokens(folder: str) -> None:
     np.testing.assert_array_equal(tokens, expected)
 
 
+def test_golden_tokens_past_the_window_of_the_original() -> None:
+    """It sees the last 24 tokens only; a carried state does not forget, and writes something else."""
+    model, params, io = load_golden("gss/s2_odd37_patched")
+    prompt, expected = io["greedy_prompt"], io["greedy_window_tokens"]
+    count = expected.shape[1]
+    assert prompt.shape[1] + count > 24
+    np.testing.assert_array_equal(ssm_jax.generate(model, params, prompt, max_new_tokens=count, window=24), expected)
+    assert (ssm_jax.generate(model, params, prompt, max_new_tokens=count) != expected).any()
+
+
 def test_parameter_count_of_the_published_size() -> None:
     config = ssm_jax.build("gss-708m").config
     assert ssm_jax.count_parameters(config) == 707_947_264
@@ -144,6 +165,9 @@ def test_names_of_the_package_are_accepted() -> None:
         ({"dim_expansion_factor": 0.01}, "d_inner is 0; it must be at least 1"),
         ({"init": "hippo"}, "'model.init' is 'hippo'"),
         ({"memory": 1}, "memory is 1; it must be at least 3 tokens"),
+        ({"attention_every": 1}, r"attention_every is 1; it must be 0 \(no attention\) or at least 2"),
+        ({"attention_every": 4}, "n_layers is 2; with attention every 4 layers it must be a multiple"),
+        ({"attention_every": 2, "attention_heads": 3}, "with attention_heads = 3 it must be a multiple of 6"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, object], message: str) -> None:
@@ -205,6 +229,18 @@ def test_what_follows_from_parameters_alone_may_be_computed_once() -> None:
     assert_trees_close(pullback(d_derived)[0], gradients, 1e-4, relative=True)
     unused = d_derived["layers"]["mixer"]
     assert not any(unused[name].any() for name in ("C_real", "C_imag"))
+
+
+def test_the_slowest_layer_of_a_hybrid_looks_no_further_than_its_chunk() -> None:
+    """Operations grow with the context up to the chunk; parameters are those of 3 gated layers and a transformer block."""
+    config = GSSConfig(vocab_size=64, d_model=32, n_layers=8, attention_every=4, attention_heads=2, attention_chunk=64)
+    short, chunk, long = (ssm_jax.models.flops_per_token(config, context) for context in (1, 64, 4096))
+    assert short < chunk == long
+    plain = GSSConfig(vocab_size=64, d_model=32, n_layers=8)
+    assert ssm_jax.models.flops_per_token(plain, 1) == ssm_jax.models.flops_per_token(plain, 4096)
+    params = jax.eval_shape(ssm_jax.build(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert sorted(params["layers"]) == ["members_0", "members_1", "members_2", "members_3"]
+    assert {"mlp", "mlp_norm"} <= set(params["layers"]["members_3"])
 
 
 def test_bfloat16_keeps_the_state_space_in_float32() -> None:

@@ -125,6 +125,8 @@ def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _write(config: GSSConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    if config.attention_every:
+        raise LayoutError("attention_every is set, and the package has no attention; use the layout 'ssm_jax'.")
     if config.norm_eps != 1e-5:
         raise LayoutError(f"norm_eps is {config.norm_eps}, and the package has only 1e-05.")
     if config.padded_vocab_size != config.vocab_size:
