@@ -171,6 +171,23 @@ def test_the_package_loads_an_export_and_computes_the_same(tmp_path: Path, confi
         assert_close(ours[name], value, 1e-4 * float(np.abs(value).max()))
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("layout", ["gated_state_spaces", "naxalpha"])
+def test_the_code_that_loads_an_export_does(tmp_path: Path, layout: str) -> None:
+    """As the layout prints it; the line for a patched head is needed where the file has one."""
+    model = ssm_jax.build(CONFIGS["patched"])
+    params = random_params(model)
+    ssm_jax.save_pretrained(model, params, tmp_path / "m", layout, check=False)
+    code = writable("gss", layout).load_in_torch.format(path=tmp_path / "m")
+    scope: dict[str, Any] = {}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        exec(code, scope)
+    exec(re.sub(r"\n# (model\.)", r"\n\1", code), scope)
+    loaded = {name.removeprefix("net."): tensor for name, tensor in scope["model"].state_dict().items()}
+    np.testing.assert_array_equal(loaded["token_emb.weight"], params["embed"]["embedding"])
+    np.testing.assert_array_equal(loaded["to_logits.1.weight"].T, params["head"]["kernel"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,7 +57,8 @@ model = GatedStateSpacesLM(**config)
 # model.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.to_logits)
 model.load_state_dict(load_file("{path}/model.safetensors"))"""
 _LOAD_PUBLISHED = """import json, torch
-from gated_state_spaces_pytorch import AutoregressiveWrapper, GatedStateSpacesLM
+from gated_state_spaces_pytorch import GatedStateSpacesLM
+from gated_state_spaces_pytorch.autoregressive_wrapper import AutoregressiveWrapper
 config = json.load(open("{path}/config.json"))
 model = AutoregressiveWrapper(GatedStateSpacesLM(**config))
 # with net.to_logits.0.* in the file:
