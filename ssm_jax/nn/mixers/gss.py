@@ -12,6 +12,8 @@ from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.state import DSSState
 from ssm_jax.ops import convolution_kernel, dss, zero_order_hold
+from ssm_jax.ops.gelu import gated_gelu, gelu
+from ssm_jax.ops.products import dot_general
 from ssm_jax.typing import Activations, Params, Positions
 
 
@@ -55,7 +57,7 @@ class GatedStateSpace(nn.Module):
         self, x_BLD: Activations, state: DSSState | None = None, positions: Positions | None = None
     ) -> tuple[Activations, DSSState]:
         def linear(features: int, name: str, bias: bool = False) -> nn.Dense:
-            kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "dot_general": dot_general}
             return nn.Dense(
                 features,
                 use_bias=bias,
@@ -65,11 +67,11 @@ class GatedStateSpace(nn.Module):
                 **kinds,
             )
 
-        u_BLF = nn.gelu(linear(self.d_inner, "u_proj")(x_BLD), approximate=False)
-        v_BLH = nn.gelu(linear(self.d_dss, "v_proj")(x_BLD), approximate=False)
+        u_BLF = linear(self.d_inner, "u_proj")(x_BLD)  # its gelu is taken with the gate
+        v_BLH = gelu(linear(self.d_dss, "v_proj")(x_BLD))
         y_BLH, state = self._state_space(v_BLH, state, positions)
         gate_BLF = linear(self.d_inner, "gate_proj")(y_BLH.astype(self.dtype))
-        return linear(x_BLD.shape[-1], "out_proj", bias=True)(gate_BLF * u_BLF), state
+        return linear(x_BLD.shape[-1], "out_proj", bias=True)(gated_gelu(gate_BLF, u_BLF)), state
 
     def _state_space(
         self, v_BLH: Activations, state: DSSState | None, positions: Positions | None
