@@ -39,7 +39,7 @@ def make_decoder(model: LanguageModel, params: Params, unroll_limit: int = UNROL
 
 @functools.partial(jax.jit, static_argnames=("model", "apart"))
 def _make_decoder(model: LanguageModel, params: Params, apart: bool) -> Decoder:
-    params = registry.family_of(model.config).derive(model.config, params, None)
+    params = registry.family_of(model.config).derive(model.config, params, None, False)
     layers = (
         _unstack(params["layers"], registry.family_of(model.config).repeats(model.config))
         if apart

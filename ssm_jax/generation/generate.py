@@ -61,15 +61,14 @@ def generate(
         prefill_chunk: tokens of the prompts that are read at once; bounds memory and changes nothing else.
         decoder: ``make_decoder(model, params)``, for parameters that are used in many short calls; each makes its own else.
         window: see only the last so many tokens, reading them again for every new one, as originals without a recurrent form do.
-            Slow; for comparison with them. None forgets nothing.
+            Slow, and compiled anew for every ``max_new_tokens``; for comparison with them. None forgets nothing.
 
     Raises:
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
             a prompt that with ``max_new_tokens`` exceeds the model's context, where that is limited; logits that are not numbers.
     """
     rows = check_prompts(prompts, model.config.vocab_size)
-    if window is not None and window < 1:
-        raise GenerationError(f"window is {window}; it must be at least 1, or None to forget nothing.")
+    check_window(model, window)
     check_room(
         model, rows if window is None else [row[-window:] for row in rows], max_new_tokens if window is None else 0
     )
@@ -94,6 +93,14 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
             "in this dtype. Check the parameters for NaN, or use dtype='float32'."
         )
     return tokens_BT
+
+
+def check_window(model: LanguageModel, window: int | None) -> None:
+    """Raises GenerationError for a window that is empty, or longer than the model's context."""
+    limit = registry.family_of(model.config).context_limit(model.config)
+    if window is not None and not 1 <= window <= (limit or window):
+        most = "" if limit is None else f" and at most {limit}, the model's positions"
+        raise GenerationError(f"window is {window}; it must be at least 1{most}, or None to forget nothing.")
 
 
 def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> None:

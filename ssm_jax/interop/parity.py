@@ -34,9 +34,16 @@ def report(
         "family": layout.family,
         "parameters": parameters,
         "files": files,
-        "tensors": {name: list(shape) for name, shape in published_shapes(layout.tensors, params).items()},
+        "tensors": _shapes(layout, model, params),
         "logits": _compare(folder, layout, model, params, _wanted(layout, parameters, check)),
     }
+
+
+def _shapes(layout: Layout, model: LanguageModel, params: Params) -> dict[str, list[int]]:
+    shapes = {name: list(shape) for name, shape in published_shapes(layout.tensors, params).items()}
+    if layout.stores_tied_head and model.config.tie_embeddings:
+        shapes[layout.head] = shapes[layout.embedding]
+    return {layout.spelling(model.config, name): shape for name, shape in shapes.items()}
 
 
 def _wanted(layout: Layout, parameters: int, check: bool | None) -> str | None:

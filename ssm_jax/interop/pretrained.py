@@ -121,14 +121,14 @@ def save_pretrained(
 
     Args:
         path: the folder to make.
-        layout: "transformers" or "mamba_ssm"; None takes the most native one of the family; "ssm_jax" makes a checkpoint of
-            ours, which training can start from.
+        layout: a format that the family has, such as "transformers", "mamba_ssm" or "gated_state_spaces"; None takes the most
+            native one; "ssm_jax" makes a checkpoint of ours, which training can start from.
         overwrite: replace a folder of weights that is already there.
         tokenizer: one of ``ssm_jax.data.tokenizers``, or a folder whose tokenizer files are copied.
         special_tokens: ``{"bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}``; default: the tokenizer's.
         max_shard_bytes: weights beyond it are split over several files, where the layout has shards.
-        check: load the folder in PyTorch and compare logits. Default: if torch and transformers are installed and the model
-            has less than 200 million parameters.
+        check: load the folder in PyTorch and compare logits. Default: if PyTorch and the original package are installed and
+            the model has less than 200 million parameters.
 
     Raises:
         LayoutError: the layout cannot express the model, ``path`` is taken, or PyTorch does not load what was written.
@@ -210,9 +210,11 @@ def _resolve_head(path: Path, layout: Layout, tied: bool, tensors: dict[str, Ten
         return True, {**rest, layout.embedding: head}
     if _equal(head, embedding):
         return True, rest
-    differ = f"{path}: the config says tied, but {layout.head!r} and {layout.embedding!r} differ"
+    differ = f"{path}: tie_embeddings is true, but {layout.head!r} and {layout.embedding!r} differ"
     if layout.differing_head == "refuse":
-        raise LayoutError(f"{differ}; set tie_embeddings to false in {layout.config_file} to use both, or remove one.")
+        raise LayoutError(
+            f"{differ}; set it to false (in {layout.config_file}, if it says so) to use both, or remove one."
+        )
     warnings.warn(f"{differ}; both are used, untied, as transformers does.", stacklevel=4)
     return False, tensors
 

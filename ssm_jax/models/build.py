@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from ssm_jax.config import from_dict, to_dict
+from ssm_jax.config import to_dict
 from ssm_jax.models import registry
 from ssm_jax.models.lm import LanguageModel
 
@@ -26,7 +26,7 @@ def build(name_or_config: Any, **fields: Any) -> LanguageModel:
     family = registry.family_of(name_or_config)
     if not fields:
         return LanguageModel(name_or_config)
-    return LanguageModel(from_dict(family.config, {**to_dict(name_or_config), **fields}, "model."))
+    return LanguageModel(registry.config_of(family, fields, to_dict(name_or_config)))
 
 
 def count_parameters(config: Any) -> int:

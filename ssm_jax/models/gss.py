@@ -12,6 +12,7 @@ from ssm_jax.nn.mixers.gss import derive as derive_mixer
 from ssm_jax.nn.mlp import MLP
 from ssm_jax.nn.transformer_block import TransformerBlock
 from ssm_jax.nn.unit import Unit
+from ssm_jax.ops.dss import default_chunk_size
 from ssm_jax.typing import Params
 
 ALIASES = {"num_tokens": "vocab_size", "dim": "d_model", "depth": "n_layers"}
@@ -138,8 +139,10 @@ def final_norm(config: GSSConfig) -> nn.Module | None:
     return layer_norm(config) if config.final_norm else None
 
 
-def derive(config: GSSConfig, params: Params, length: int | None) -> Params:
-    """See ``Family.derive``: the coefficients of the modes and, for rows of ``length`` tokens, the kernels."""
+def derive(config: GSSConfig, params: Params, length: int | None, documents: bool) -> Params:
+    """See ``Family.derive``: the coefficients of the modes and, for rows of ``length`` tokens, the kernels of a chunk."""
+    if length is not None:
+        length = min(length, config.chunk_size or default_chunk_size(documents))
     how: dict[str, Any] = {"imag_exp": config.dss_kernel_lambda_imag_exp, "accurate": config.accurate, "length": length}
 
     def of_layers(layers: Params) -> Params:

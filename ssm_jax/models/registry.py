@@ -21,8 +21,9 @@ class Family:
     flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
     final_norm: what stands between the last layer and the head; None for nothing. embedding_std: of the new token table.
     context_limit: rows of the table of learned positions, which no document may exceed; None where there is none.
-    derive: (config, params, length) -> params with more leaves, which follow from them alone and which the layers use in their
-    place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for single tokens.
+    derive: (config, params, length, documents) -> params with more leaves, which follow from them alone and which the layers use
+        in their place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for
+        single tokens; ``documents``: whether rows come with positions.
     aliases: other names of config fields.
     """
 
@@ -34,7 +35,7 @@ class Family:
     final_norm: Callable[[Any], nn.Module | None] = rms_norm
     embedding_std: float = 0.02
     context_limit: Callable[[Any], int | None] = lambda config: None
-    derive: Callable[[Any, Params, int | None], Params] = lambda config, params, length: params
+    derive: Callable[[Any, Params, int | None, bool], Params] = lambda config, params, length, documents: params
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -86,22 +87,21 @@ def make_config(name: str, **fields: Any) -> Any:
     """
     if name in PRESETS:
         family = FAMILIES[PRESETS[name]]
-        fields = {**family.presets[name], **fields}
-    elif name in FAMILIES:
-        family = FAMILIES[name]
-    else:
-        raise ConfigError(f"Model {name!r} is unknown; {config_lib.suggest(name, [*FAMILIES, *PRESETS])}")
-    return config_lib.from_dict(family.config, _without_aliases(family, fields), "model.")
+        return config_of(family, fields, family.presets[name])
+    if name in FAMILIES:
+        return config_of(FAMILIES[name], fields)
+    raise ConfigError(f"Model {name!r} is unknown; {config_lib.suggest(name, [*FAMILIES, *PRESETS])}")
 
 
-def _without_aliases(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(family: Family, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Any:
+    """A family's config from fields, under their own names or ``Family.aliases``, that override ``defaults``."""
     plain: dict[str, Any] = {}
     for name, value in fields.items():
         own = family.aliases.get(name, name)
         if own in plain:
             raise ConfigError(f"Config keys 'model.{own}' and its other name are both set; keep one.")
         plain[own] = value
-    return plain
+    return config_lib.from_dict(family.config, {**(defaults or {}), **plain}, "model.")
 
 
 def config_from_dict(content: Mapping[str, Any]) -> Any:
@@ -115,7 +115,7 @@ def config_from_dict(content: Mapping[str, Any]) -> Any:
             f"Config key 'model.preset' is {preset!r}, which is not of model.family {family!r}; drop one."
         )
     if preset is None and family in FAMILIES:
-        return config_lib.from_dict(FAMILIES[family].config, fields, "model.")
+        return config_of(FAMILIES[family], fields)
     return make_config(str(preset or family), **fields)
 
 

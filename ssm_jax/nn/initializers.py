@@ -90,6 +90,7 @@ def dss_modes(kind: str, memory: int, log_frequency: bool) -> DSSModes:
         return log if log_frequency else jnp.exp(log)
 
     def readout(real: Array, imag: Array) -> Initializer:
+        real, imag = real.astype(jnp.float32), imag.astype(jnp.float32)
         rate, turn = jnp.exp(real), jnp.exp(imag) if log_frequency else imag
         hold = jnp.abs((jnp.exp(jax.lax.complex(-rate, turn)) - 1) / jax.lax.complex(-rate, turn))
         std = jnp.sqrt(-jnp.expm1(-2 * rate) / real.shape[-1]) / hold

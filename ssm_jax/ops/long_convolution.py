@@ -33,7 +33,7 @@ def long_convolution(
 
 
 def fast_size(least: int) -> int:
-    """The smallest even 2^a 3^b 5^c that is not below ``least``: sizes that FFTs are fast for."""
+    """The smallest of 2^a times 1, 3, 5, 9 or 15, a >= 1, that is not below ``least``: sizes that FFTs are fast for."""
     sizes = (2 ** int(np.ceil(np.log2(max(least / part, 2)))) * part for part in (1, 3, 5, 9, 15))
     return min(size for size in sizes if size >= least)
 
@@ -43,6 +43,12 @@ def _segments(reset: Array) -> Array:
     next_reset = jnp.concatenate([reset[..., 1:], jnp.ones_like(reset[..., :1])], axis=-1)
     alone = reset & next_reset
     return jnp.where(alone, _ALONE, jnp.cumsum(reset & ~alone, axis=-1, dtype=jnp.int32))
+
+
+def _range(segments: Array) -> tuple[Array, Array]:
+    """The first and the one after the last that there is; rows that begin with a document have no 0."""
+    last = jnp.max(segments)
+    return jnp.min(jnp.where(segments == _ALONE, last + 1, segments)), last + 1
 
 
 @jax.custom_vjp
@@ -60,7 +66,7 @@ def _convolution(x: Array, kernel: Array, segments: Int[Array, "*rows L"] | None
         here = (segments == segment)[..., None]
         return jnp.where(here, convolve(jnp.where(here, x, 0)), y)
 
-    return lax.fori_loop(0, jnp.max(segments) + 1, add, jnp.where(alone, kernel[0] * x, 0))
+    return lax.fori_loop(*_range(segments), add, jnp.where(alone, kernel[0] * x, 0))
 
 
 def _forward(x: Array, kernel: Array, segments: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
@@ -90,7 +96,7 @@ def _backward(residuals: tuple[Array, Array, Array | None], dy: Array) -> tuple[
         return jnp.where(here, more, dx), d_kernel + more_kernel
 
     start = (jnp.where(alone, kernel[0] * dy, 0), zero)
-    dx, d_kernel = lax.fori_loop(0, jnp.max(segments) + 1, add, start)
+    dx, d_kernel = lax.fori_loop(*_range(segments), add, start)
     return dx, _signal(d_kernel, length).at[0].add(d_first), None
 
 

@@ -47,8 +47,10 @@ def make_step(
 
         params, pull_back = state.params, None
         if microbatches > 1:
-            length = batch["tokens"].shape[1]
-            params, pull_back = jax.vjp(lambda params: derived.extended(model, params, frozen, length), params)
+            length, documents = batch["tokens"].shape[1], "positions" in batch
+            params, pull_back = jax.vjp(
+                lambda params: derived.extended(model, params, frozen, length, documents), params
+            )
 
         def of_part(part: Batch, key: jax.Array, index: jax.Array) -> tuple[Sums, Params]:
             return objective(params, frozen, part, key, index)

@@ -187,7 +187,7 @@ class ModelConformance:
             lambda names, leaf: len(names) == leaf.ndim and names.count("batch") == 1,
             axes,
             fresh,
-            is_leaf=lambda node: isinstance(node, tuple),
+            is_leaf=lambda node: isinstance(node, tuple) and all(isinstance(name, str) for name in node),
         )
         assert all(jax.tree.leaves(named))
 

@@ -280,3 +280,7 @@ def test_a_window_that_holds_everything_changes_nothing() -> None:
     )
     with pytest.raises(GenerationError, match="window is 0; it must be at least 1"):
         generate(model, params, prompts, 6, window=0)
+    with pytest.raises(
+        GenerationError, match="window is 65; it must be at least 1 and at most 64, the model's positions"
+    ):
+        generate(*tiny("gpt2"), prompts, 6, window=65)

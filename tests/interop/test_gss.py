@@ -83,11 +83,15 @@ def test_text_in_a_config_is_not_taken_for_a_trailing_comma(tmp_path: Path) -> N
     assert ssm_jax.interop.folder.read_json(tmp_path / "a.json") == {"a": ",}", "b": ['",]', 1]}
 
 
-def test_a_head_that_is_stored_once_is_tied(tmp_path: Path) -> None:
-    folder = rewritten(PATCHED, tmp_path / "once", lambda name: None if "to_logits.1" in name else name)
+@pytest.mark.parametrize("left_out", ["net.to_logits.1.weight", "net.token_emb.weight"])
+def test_a_matrix_that_is_stored_once_is_both(tmp_path: Path, left_out: str) -> None:
+    folder = rewritten(PATCHED, tmp_path / "once", lambda name: None if name == left_out else name)
+    stored = dict(open_weights(folder))
     model, params = ssm_jax.from_pretrained(folder)
     assert model.config.tie_embeddings
     assert "head" not in params
+    kept = {"net.to_logits.1.weight", "net.token_emb.weight"} - {left_out}
+    np.testing.assert_array_equal(params["embed"]["embedding"], stored[kept.pop()].load())
 
 
 def test_a_head_that_is_stored_twice_stays_apart_unless_asked(tmp_path: Path) -> None:
@@ -174,18 +178,20 @@ def test_the_package_loads_an_export_and_computes_the_same(tmp_path: Path, confi
 @pytest.mark.torch
 @pytest.mark.parametrize("layout", ["gated_state_spaces", "naxalpha"])
 def test_the_code_that_loads_an_export_does(tmp_path: Path, layout: str) -> None:
-    """As the layout prints it; the line for a patched head is needed where the file has one."""
-    model = ssm_jax.build(CONFIGS["patched"])
-    params = random_params(model)
-    ssm_jax.save_pretrained(model, params, tmp_path / "m", layout, check=False)
-    code = writable("gss", layout).load_in_torch.format(path=tmp_path / "m")
-    scope: dict[str, Any] = {}
-    with pytest.raises(RuntimeError, match="Missing key"):
-        exec(code, scope)
-    exec(re.sub(r"\n# (model\.)", r"\n\1", code), scope)
-    loaded = {name.removeprefix("net."): tensor for name, tensor in scope["model"].state_dict().items()}
-    np.testing.assert_array_equal(loaded["token_emb.weight"], params["embed"]["embedding"])
-    np.testing.assert_array_equal(loaded["to_logits.1.weight"].T, params["head"]["kernel"])
+    """As the layout prints it, with a patched head and without."""
+    for name in ("plain", "patched"):
+        model = ssm_jax.build(CONFIGS[name])
+        params = random_params(model)
+        ssm_jax.save_pretrained(model, params, tmp_path / name, layout, check=False)
+        scope: dict[str, Any] = {}
+        exec(writable("gss", layout).load_in_torch.format(path=tmp_path / name), scope)
+        loaded = {key.removeprefix("net."): tensor for key, tensor in scope["model"].state_dict().items()}
+        np.testing.assert_array_equal(loaded["token_emb.weight"], params["embed"]["embedding"])
+        head = "to_logits.1.weight" if name == "patched" else "to_logits.weight"
+        np.testing.assert_array_equal(loaded[head].T, params["head"]["kernel"])
+        report = json.loads((tmp_path / name / "parity.json").read_text())
+        written = {re.sub(r"layers\.\d+\.", "layers.{i}.", key) for key in scope["model"].state_dict()}
+        assert set(report["tensors"]) == written
 
 
 @pytest.mark.parametrize(

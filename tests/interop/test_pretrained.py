@@ -18,7 +18,7 @@ from ssm_jax.errors import ConfigError, LayoutError
 from ssm_jax.interop import pretrained
 from ssm_jax.interop.layouts import LAYOUTS
 from ssm_jax.interop.torch_file import read_torch, write_torch
-from ssm_jax.models import GPT2Config, Mamba2Config, MambaConfig
+from ssm_jax.models import GPT2Config, GSSConfig, Mamba2Config, MambaConfig
 from tests.conformance.golden import GOLDENS
 from tests.interop.folders import as_tensors, assert_same, copy_golden, random_params
 
@@ -42,6 +42,22 @@ UNUSUAL = {
         tie_embeddings=False,
         dtype="bfloat16",
         chunk_size=32,
+    ),
+    "gss": GSSConfig(
+        vocab_size=91,
+        d_model=16,
+        n_layers=2,
+        dim_expansion_factor=1.7,
+        dss_kernel_N=6,
+        dss_kernel_H=8,
+        final_norm=True,
+        tie_embeddings=True,
+        init="slow",
+        memory=50,
+        accurate=True,
+        dtype="bfloat16",
+        dropout=0.25,
+        chunk_size=8,
     ),
     "gpt2": GPT2Config(
         vocab_size=91,

@@ -1,20 +1,25 @@
 """Gated state spaces: the promises of every model, goldens, and what depends on parameters alone."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ssm_jax
-from ssm_jax import ops
+from ssm_jax import ops, optim
 from ssm_jax.errors import ConfigError
 from ssm_jax.interop.pretrained import open_folder
 from ssm_jax.interop.tensor_map import to_tensors
-from ssm_jax.models import GSSConfig
+from ssm_jax.models import GSSConfig, config_from_dict
 from ssm_jax.models.registry import family_of
 from ssm_jax.nn.block import Block
+from ssm_jax.training.losses import seen
+from ssm_jax.training.state import create
+from ssm_jax.training.step import make_step
 from tests.conformance.compare import assert_close, assert_trees_close
 from tests.conformance.golden import GOLDENS, apply, load_golden
 from tests.conformance.model import ModelConformance
@@ -104,7 +109,7 @@ def test_golden_loss_and_every_gradient(folder: str) -> None:
 def test_golden_kernels_and_layers(folder: str) -> None:
     model, params, io = load_golden(folder)
     config, length = model.config, io["input_ids"].shape[1]
-    derived = family_of(config).derive(config, params, length)["layers"]["mixer"]["kernel"]
+    derived = family_of(config).derive(config, params, length, False)["layers"]["mixer"]["kernel"]
     layer = family_of(config).layer(config)
     h = params["embed"]["embedding"][io["input_ids"]]
     for i in range(config.n_layers):
@@ -154,6 +159,9 @@ def test_parameter_count_of_the_published_size() -> None:
 def test_names_of_the_package_are_accepted() -> None:
     theirs = ssm_jax.build("gss", num_tokens=48, dim=16, depth=2, dss_kernel_N=12, dss_kernel_H=8)
     assert theirs.config == GSSConfig(**SMALL)
+    assert config_from_dict({"family": "gss", "num_tokens": 48, "dim": 16, "depth": 2}).n_layers == 2
+    assert ssm_jax.build("gss-708m", depth=2).config.n_layers == 2
+    assert ssm_jax.build(theirs.config, depth=5).config == dataclasses.replace(theirs.config, n_layers=5)
     with pytest.raises(ConfigError, match=r"'model\.d_model' and its other name are both set"):
         ssm_jax.build("gss", num_tokens=48, dim=16, d_model=16, depth=2)
 
@@ -201,9 +209,11 @@ def test_slow_modes_remember_and_keep_the_signal_at_unit_size() -> None:
     """White noise keeps its variance, and a token still has influence after a thousand others; by default it has none."""
     shares = {}
     for init in ("reference", "slow"):
-        config = GSSConfig(vocab_size=8, d_model=32, n_layers=1, init=init, memory=4096)
+        config = GSSConfig(vocab_size=8, d_model=32, n_layers=1, init=init, memory=4096, chunk_size=8192)
         params = ssm_jax.build(config).init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
-        kernel = family_of(config).derive(config, params, 8192)["layers"]["mixer"]["kernel"][0]
+        kernel = family_of(config).derive(dataclasses.replace(config, chunk_size=8192), params, 8192, False)["layers"][
+            "mixer"
+        ]["kernel"][0]
         energy = jnp.square(kernel)
         shares[init] = float(energy[1024:].sum() / energy.sum())
         if init == "slow":
@@ -222,7 +232,7 @@ def test_what_follows_from_parameters_alone_may_be_computed_once() -> None:
     def loss(params: Any) -> jax.Array:
         return jnp.sum(jnp.square(model.apply({"params": params}, tokens)[0]))
 
-    derived, pullback = jax.vjp(lambda params: family.derive(config, params, 20), params)
+    derived, pullback = jax.vjp(lambda params: family.derive(config, params, 20, False), params)
     value, gradients = jax.value_and_grad(loss)(params)
     once, d_derived = jax.value_and_grad(loss)(derived)
     np.testing.assert_allclose(once, value, rtol=1e-5)
@@ -241,6 +251,30 @@ def test_the_slowest_layer_of_a_hybrid_looks_no_further_than_its_chunk() -> None
     params = jax.eval_shape(ssm_jax.build(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     assert sorted(params["layers"]) == ["members_0", "members_1", "members_2", "members_3"]
     assert {"mlp", "mlp_norm"} <= set(params["layers"]["members_3"])
+
+
+@pytest.mark.parametrize("frozen", [(), (r"Lambda", r"C_real")], ids=["all_trained", "modes_frozen"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_microbatches_change_nothing(frozen: tuple[str, ...], joined: bool) -> None:
+    """One update with the kernels computed once and used twice is the update of the whole batch."""
+    config, optim_config = GSSConfig(**SMALL, final_norm=True), optim.OptimConfig(freeze=frozen, schedule="constant")
+    model = ssm_jax.build(config)
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(0, 48, (4, 24)).astype(np.int32)
+    row = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "positions": np.tile(np.r_[np.arange(10), np.arange(14)].astype(np.int32), (4, 1)),
+        "weights": rng.random((4, 24)).astype(np.float32),
+    }
+    batch = jax.tree.map(jnp.asarray, seen(row, joined))
+    state, fixed = create(jax.random.key(7), jnp.int32(10), model=model, config=optim_config)
+    updates = [jax.jit(make_step(model, optim_config, parts))(state, fixed, batch) for parts in (1, 2)]
+    (whole, metrics), (halves, same) = updates
+    assert_close(same["loss"], metrics["loss"], 1e-5)
+    assert_close(same["grad_norm"], metrics["grad_norm"], 1e-5 * float(metrics["grad_norm"]))
+    moments = [optax.tree.get(each.opt_state, "mu") for each in (whole, halves)]
+    assert_trees_close(moments[1], moments[0], 1e-5, relative=True)
 
 
 def test_bfloat16_keeps_the_state_space_in_float32() -> None:

@@ -6,7 +6,7 @@ state dict of the package's ``AutoregressiveWrapper``. Either is read in any of 
 * a prefix ``net.`` (the wrapper's);
 * a patched head: ``to_logits.0.*`` is a LayerNorm and ``to_logits.1.weight`` the head that is ``to_logits.weight`` else;
 * one list more around each block, ``layers.{i}.0.*``, as in releases 0.0.4 to 0.0.6;
-* the head left out: it is the token table.
+* the head or the token table left out: they are one matrix.
 """
 
 import re
@@ -48,22 +48,24 @@ _TENSORS: TensorMap = {
     _NORM + "bias": (vector("norm_f/bias"),),
     _HEAD: (linear("head/kernel"),),
 }
-_LOAD_PACKAGE = """import json, torch
+_LOAD_PACKAGE = """import json, pathlib, torch
 from gated_state_spaces_pytorch import GatedStateSpacesLM
 from safetensors.torch import load_file
-config = json.load(open("{path}/config.json"))
+config = json.loads(pathlib.Path("{path}/config.json").read_text())
 model = GatedStateSpacesLM(**config)
-# with to_logits.0.* in the file:
-# model.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.to_logits)
-model.load_state_dict(load_file("{path}/model.safetensors"))"""
-_LOAD_PUBLISHED = """import json, torch
+weights = load_file("{path}/model.safetensors")
+if "to_logits.0.weight" in weights:  # a LayerNorm before the head, which the package does not have
+    model.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.to_logits)
+model.load_state_dict(weights)"""
+_LOAD_PUBLISHED = """import json, pathlib, torch
 from gated_state_spaces_pytorch import GatedStateSpacesLM
 from gated_state_spaces_pytorch.autoregressive_wrapper import AutoregressiveWrapper
-config = json.load(open("{path}/config.json"))
+config = json.loads(pathlib.Path("{path}/config.json").read_text())
 model = AutoregressiveWrapper(GatedStateSpacesLM(**config))
-# with net.to_logits.0.* in the file:
-# model.net.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.net.to_logits)
-model.load_state_dict(torch.load("{path}/model.pt"))"""
+weights = torch.load("{path}/model.pt")
+if "net.to_logits.0.weight" in weights:  # a LayerNorm before the head, which the package does not have
+    model.net.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.net.to_logits)
+model.load_state_dict(weights)"""
 
 
 def _rename(name: str) -> str:
@@ -108,7 +110,7 @@ def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     found: dict[str, Any] = {}
     if _NORM + "weight" in tensors:
         found["final_norm"] = True
-    if _HEAD not in tensors:
+    if (_HEAD in tensors) != (_EMBEDDING in tensors):
         found["tie_embeddings"] = True
     wide, modes = tensors.get("layers.0.to_u.0.weight"), tensors.get("layers.0.dss.C_real")
     if (

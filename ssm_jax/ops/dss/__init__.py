@@ -16,9 +16,6 @@ from ssm_jax.ops.dss.reference import reference
 from ssm_jax.ops.resets import clear
 from ssm_jax.typing import Lengths, Reset
 
-CHUNK_SIZE, LONGEST_CHUNK = 256, 4096
-"""Tokens per chunk by default: with documents, and without."""
-
 dispatch.register("dss", "reference", lambda inputs, chunk_size: reference(inputs))
 dispatch.register("dss", "xla", xla.forward)
 
@@ -82,10 +79,14 @@ def dss(
         lengths,
         None if kernel_TH is None else kernel_TH.astype(wide),
     )
-    if chunk_size is None:
-        chunk_size = LONGEST_CHUNK if reset is None and lengths is None else CHUNK_SIZE
+    chunk_size = chunk_size or default_chunk_size(reset is not None or lengths is not None)
     y, state = dispatch.call("dss", implementation, inputs, chunk_size=chunk_size)
     return y.astype(s_BLH.dtype), state
+
+
+def default_chunk_size(documents: bool) -> int:
+    """Tokens per chunk, with documents or unequal rows and without: each document of a chunk costs an FFT of the whole chunk."""
+    return 256 if documents else 4096
 
 
 def convolution_kernel(
@@ -98,7 +99,9 @@ def convolution_kernel(
     exact_phase: bool = False,
 ) -> Float[Array, "T H"]:
     """K_t = Re(sum_n c_n exp(lambda_n t)), t = 0 .. length - 1; it depends on parameters alone."""
-    return xla.kernel(powers(Modes(rate_N, frequency_N, log_frequency, exact_phase), length), c_H2N)
+    wide = jnp.promote_types(rate_N.dtype, jnp.float32)
+    modes = Modes(rate_N.astype(wide), frequency_N.astype(wide), log_frequency, exact_phase)
+    return xla.kernel(powers(modes, length), c_H2N.astype(wide))
 
 
-__all__ = ["convolution_kernel", "dss", "zero_order_hold"]
+__all__ = ["convolution_kernel", "default_chunk_size", "dss", "zero_order_hold"]
