@@ -1,10 +1,8 @@
-import json
 import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
 
-import grain
 import hypothesis
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from ssm_jax.data.shards import Manifest, PackedDataset, open_dataset, write_spl
 from ssm_jax.data.sources import find_sources
 from ssm_jax.data.tokenizers import ByteTokenizer
 from ssm_jax.errors import DataError
+from tests.data.damage import rewrite_shard
 
 
 @pytest.fixture(scope="module")
@@ -158,23 +157,15 @@ def test_damage_anywhere_in_a_shard_is_refused_or_harmless(prepared: Path, tmp_p
 
 def test_record_that_array_record_finds_intact_is_checked_by_us(prepared: Path, tmp_path: Path):
     """A shard rewritten with one wrong token: only the record's own checksum can tell."""
-    from array_record.python import array_record_module
-
     folder = shutil.copytree(prepared, tmp_path / "copy")
-    source = grain.sources.ArrayRecordDataSource(str(folder / open_dataset(folder, "validation").split.shards[0].file))
-    records = list(source)
     other = encode_record(next(pack([np.arange(5)], 16)), 3, "uint16")
-    bad = bytearray(records[2])
-    bad[-3] ^= 4
-    records[2:4] = [bytes(bad), other[:4] + records[3][4:]]
-    file = folder / open_dataset(folder, "validation").split.shards[0].file
-    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    content = json.loads((folder / "manifest.json").read_text())
-    content["splits"]["validation"]["shards"][0]["size"] = file.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(content))
+
+    def damage(records: list[bytes]) -> None:
+        bad = bytearray(records[2])
+        bad[-3] ^= 4
+        records[2:4] = [bytes(bad), other[:4] + records[3][4:]]
+
+    file = rewrite_shard(folder, "validation", damage)
     stream = evaluation_batches(open_dataset(folder, "validation"), batch_size=2)
     next(stream)
     with pytest.raises(DataError, match=rf"{file.name}, record 2, is damaged \(its checksum does not fit\)"):

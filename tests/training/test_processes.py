@@ -12,11 +12,11 @@ from typing import Any
 
 import grain
 import pytest
-from array_record.python import array_record_module
 
 from ssm_jax import checkpoint
 from ssm_jax.data.shards import open_dataset
 from ssm_jax.training import load_run_config, train
+from tests.data.damage import rewrite_shard
 from tests.training.conftest import Overrides
 from tests.training.test_loop import assert_same_run, rows
 
@@ -149,17 +149,12 @@ def test_an_error_in_one_process_is_told_and_ends_both(overrides: Overrides, dat
     copy = shutil.copytree(data, tmp_path / "data")
     dataset = open_dataset(copy)
     order = grain.MapDataset.source(range(dataset.rows)).seed(0).shuffle()
-    file = copy / dataset.split.shards[0].file
-    records = list(grain.sources.ArrayRecordDataSource(str(file)))
     bad = order[2 * 8 + 5]
-    records[bad] = records[bad][:-1] + bytes([records[bad][-1] ^ 4])
-    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["size"] = file.stat().st_size
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+    def damage(records: list[bytes]) -> None:
+        records[bad] = records[bad][:-1] + bytes([records[bad][-1] ^ 4])
+
+    rewrite_shard(copy, "train", damage)
     process = launch(2, overrides(tmp_path / "run", **RUN, data__path=copy))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
