@@ -98,7 +98,7 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
 
 def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> None:
     """Raises GenerationError unless the longest prompt and ``max_new_tokens`` more fit into the model's context."""
-    limit = registry.family_of(model.config).context_limit(model.config)
+    limit = registry.context_limit(model.config)
     longest = max(len(prompt) for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise GenerationError(

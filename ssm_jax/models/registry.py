@@ -94,6 +94,11 @@ def make_config(name: str, **fields: Any) -> Any:
     return config_lib.from_dict(family.config, _without_aliases(family, fields), "model.")
 
 
+def context_limit(config: Any) -> int | None:
+    """The most tokens of a document that a model with this config can read; None where there is no such limit."""
+    return family_of(config).context_limit(config)
+
+
 def _without_aliases(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in fields.items():

@@ -25,7 +25,7 @@ from ssm_jax.errors import ConfigError, DataError, UserError
 from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
-from ssm_jax.models.registry import family_of
+from ssm_jax.models.registry import context_limit
 from ssm_jax.training.config import RunConfig
 from ssm_jax.training.teacher import Teacher, open_teacher
 from ssm_jax.typing import Params, PyTree
@@ -162,7 +162,7 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
             f"Config key 'data.seq_len' is {config.data.seq_len} and the data in {data.path} has rows of {data.seq_len}; "
             f"set data.seq_len={data.seq_len} or prepare the data with --seq-len {config.data.seq_len}."
         )
-    limit = family_of(model).context_limit(model)
+    limit = context_limit(model)
     if limit is not None and data.seq_len > limit:
         raise DataError(
             f"The data in {data.path} has rows of {data.seq_len} tokens, and the model reads at most {limit}; prepare the data "
