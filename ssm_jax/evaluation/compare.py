@@ -105,7 +105,8 @@ def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) 
             cells.append(f'<td class="number">{escape(text + change)}</td>')
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     note = (
-        '<p class="note">Bits per byte: of whole documents, by train.evaluate. Held-out loss: of rows, at the end of training. '
+        '<p class="note">Bits per byte: of whole documents, by train.evaluate, or of windows as long as the model reads. '
+        "Held-out loss: of rows, at the end of training. "
         "Differences of both are left out where the data differ.</p>"
     )
     return note + f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
@@ -114,7 +115,7 @@ def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) 
 def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
     """value and text of each column."""
     summary, last = run.summary, run.evaluations[-1] if run.evaluations else {}
-    bits = None if "sliding" in run.scores else run.scores.get("model", {}).get("bits_per_byte")
+    bits, windows = run.scores.get("model", {}).get("bits_per_byte"), run.scores.get("sliding")
     values = {
         "bits": (bits, "{:.4f}".format),
         "loss": (last.get("eval/loss"), "{:.4f}".format),
@@ -123,7 +124,10 @@ def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
         "speed": (summary.get("tokens_per_s"), number),
         "seconds": (summary.get("seconds"), duration),
     }
-    return {key: (value, "–" if value is None else form(value)) for key, (value, form) in values.items()}
+    found = {key: (value, "–" if value is None else form(value)) for key, (value, form) in values.items()}
+    if windows and bits is not None:  # to be read, not to be compared: they see less than whole documents
+        found["bits"] = (None, f"{bits:.4f} (windows of {windows['window']})")
+    return found
 
 
 def _config_table(runs: Sequence[RunFiles], names: Sequence[str]) -> str:

@@ -160,8 +160,11 @@ def _scores(run: RunFiles) -> str:
     scores = run.scores
     if "model" not in scores:
         return ""
+    context = ", whole documents" if "rows" in scores else ""
+    if "sliding" in scores:
+        context = ", windows of {window}, stride {stride}".format(**scores["sliding"])
     models = {
-        "this model, whole documents" if "rows" in scores else "this model": scores["model"],
+        f"this model{context}": scores["model"],
         "every row read afresh": scores.get("rows"),
         _baseline_name(run): scores.get("baseline"),
     }

@@ -304,6 +304,24 @@ def test_microbatches_and_events_and_samples(run: Run, tmp_path: Path, straight:
     assert b"eval/bits_per_byte" in events
 
 
+def test_samples_fill_a_limited_context_and_come_after_the_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"model__family": "gpt2", "model__n_heads": 2, "model__n_positions": 32, "train__steps": 2}
+    fields |= {"sample__prompts": "[line]", "sample__max_new_tokens": 27, "sample__every": 2, "checkpoint__every": 2}
+    saved, write = [], loop.write_samples
+
+    def spied(*arguments: Any) -> None:
+        saved.append(checkpoint.steps(tmp_path / "run" / "checkpoints")[-1])
+        write(*arguments)
+
+    monkeypatch.setattr(loop, "write_samples", spied)
+    run(**fields)
+    assert saved == [2]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [2]
+
+
 def test_frozen_parameters_stay_and_come_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(2, monkeypatch)
     run(optim__freeze="[embed]")
