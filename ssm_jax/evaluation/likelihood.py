@@ -85,8 +85,8 @@ def _within(
     too_long = [(i, len(continuation)) for i, (_, continuation) in enumerate(pairs) if len(continuation) > limit]
     if too_long:
         raise DataError(
-            f"Continuation {too_long[0][0]} has {too_long[0][1]} tokens and the model reads at most {limit}; leave it out, or use a "
-            "model with a longer context."
+            f"Continuation {too_long[0][0]} has {too_long[0][1]} tokens and the model reads at most {limit}; leave it "
+            "out, or use a model with a longer context."
         )
     return [(context[-(limit + 1 - len(continuation)) :], continuation) for context, continuation in pairs]
 
