@@ -12,7 +12,7 @@ is prepared data (train.prepare_data), by default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. (A model whose
 context has a limit reads it in windows of that length, each afresh, as the table says.) Beside that stands the score of the data's
-rows, each read afresh, which is what training sees.
+rows, each read afresh, which is what training sees; of a run with data.joined, each as one document.
 
 With --lengths the same targets of long documents are scored at every length of context, in windows that are read afresh, and a page
 with the curves stands beside the scores.
@@ -68,7 +68,9 @@ def run(argv: Sequence[str]) -> None:
     result["model"] = evaluate_documents(model, params, dataset, args.batch_size, *(windows or ()))
     fits = limit is None or dataset.seq_len <= limit
     if args.stride is None and dataset.manifest.form == "rows" and fits:
-        result["rows"] = evaluate_split(model, params, dataset, args.batch_size)
+        joined = bool(_data_config(Path(args.model)).get("joined"))
+        result |= {"joined": True} if joined else {}
+        result["rows"] = evaluate_split(model, params, dataset, args.batch_size, joined)
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
         result["baseline"] = evaluate_baseline(open_dataset(dataset.path, "train"), dataset, tokenizer, ORDER)
@@ -173,7 +175,8 @@ def table(result: dict[str, Any]) -> str:
         _line(f"this model, {context}", scores),
     ]
     if "rows" in result:
-        lines.append(_line("the same, every row read afresh", result["rows"]))
+        name = "every row as one document" if result.get("joined") else "every row read afresh"
+        lines.append(_line(f"the same, {name}", result["rows"]))
     if baseline:
         decoded = "" if baseline["bytes"] == scores["bytes"] else ", of the decoded text"
         name = f"order-{baseline['order']} byte model{decoded}"

@@ -165,7 +165,7 @@ def _scores(run: RunFiles) -> str:
         context = ", windows of {window}, stride {stride}".format(**scores["sliding"])
     models = {
         f"this model{context}": scores["model"],
-        "every row read afresh": scores.get("rows"),
+        "every row as one document" if scores.get("joined") else "every row read afresh": scores.get("rows"),
         _baseline_name(run): scores.get("baseline"),
     }
     head = "".join(f'<th class="number">{title}</th>' for title in _SCORES.values())

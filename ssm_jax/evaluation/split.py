@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import evaluation_batches, stored_documents
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.data.tokenizers import Tokenizer
@@ -46,9 +47,11 @@ def windows_of(model: LanguageModel, window: int, stride: int | None) -> Windows
 
 
 def evaluate_split(
-    model: LanguageModel, params: Params, dataset: PackedDataset, batch_size: int = 16
+    model: LanguageModel, params: Params, dataset: PackedDataset, batch_size: int = 16, joined: bool = False
 ) -> dict[str, Any]:
     """``evaluate`` over every row of a split, each read afresh: the loss that training sees. Bytes are those of the split's text.
+
+    ``joined``: a row is read as one document, whatever begins in it: what training sees with ``data.joined``.
 
     Raises:
         DataError: the data has token ids that the model does not have, longer rows than it reads, or was prepared as documents.
@@ -60,7 +63,15 @@ def evaluate_split(
             f"Data {dataset.path} has rows of {dataset.seq_len} tokens and the model reads at most {limit}; prepare it with "
             f"--seq-len {limit}."
         )
-    return evaluate(model, params, evaluation_batches(dataset, batch_size=batch_size), dataset.split.text_bytes)
+    rows = evaluation_batches(dataset, batch_size=batch_size)
+    rows = map(_as_one_document, rows) if joined else rows
+    return evaluate(model, params, rows, dataset.split.text_bytes)
+
+
+def _as_one_document(row: Row) -> Row:
+    """Rows without the starts of documents in them. Absent places stand at the end, where nothing is scored."""
+    positions = np.broadcast_to(np.arange(row["tokens"].shape[1], dtype=np.int32), row["tokens"].shape)
+    return {**row, "positions": positions}
 
 
 def evaluate_documents(
