@@ -10,8 +10,9 @@ MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run
 (those of sliding windows and of lengths in files of their own). DATA
 is prepared data (train.prepare_data), by default what the run was trained on.
 
-A document is read from its start to its end, the state carried: every target sees all that stands before it. Beside that stands
-the score of the data's rows, each read afresh, which is what training sees.
+A document is read from its start to its end, the state carried: every target sees all that stands before it. (A model whose
+context has a limit reads it in windows of that length, each afresh, as the table says.) Beside that stands the score of the data's
+rows, each read afresh, which is what training sees; of a run with data.joined, each as one document.
 
 With --lengths the same targets of long documents are scored at every length of context, in windows that are read afresh, and a page
 with the curves stands beside the scores.
@@ -44,6 +45,8 @@ def run(argv: Sequence[str]) -> None:
         raise DataError("Option --window needs --stride; without it the context has no end.")
     from ssm_jax.data.shards import open_dataset
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
+    from ssm_jax.evaluation.lengths import context_limit
+    from ssm_jax.evaluation.split import windows_of
 
     if args.task is None and args.file is not None:
         raise DataError("Option --file needs --task lambada.")
@@ -57,14 +60,17 @@ def run(argv: Sequence[str]) -> None:
         return
     model, params, tokenizer, dataset, result = _load(args)
     started = time.perf_counter()
-    window = args.window or dataset.seq_len or WINDOW
-    if args.stride is not None:
-        result["sliding"] = {"window": window, "stride": args.stride}
-        result["model"] = evaluate_documents(model, params, dataset, args.batch_size, window, args.stride)
-    else:
-        result["model"] = evaluate_documents(model, params, dataset, args.batch_size)
-        if dataset.manifest.form == "rows":
-            result["rows"] = evaluate_split(model, params, dataset, args.batch_size)
+    limit = context_limit(model)
+    window = args.window or min(dataset.seq_len or WINDOW, limit or WINDOW)
+    windows = windows_of(model, window, args.stride)
+    if windows is not None:
+        result["sliding"] = windows._asdict()
+    result["model"] = evaluate_documents(model, params, dataset, args.batch_size, *(windows or ()))
+    fits = limit is None or dataset.seq_len <= limit
+    if args.stride is None and dataset.manifest.form == "rows" and fits:
+        joined = bool(_data_config(Path(args.model)).get("joined"))
+        result |= {"joined": True} if joined else {}
+        result["rows"] = evaluate_split(model, params, dataset, args.batch_size, joined)
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
         result["baseline"] = evaluate_baseline(open_dataset(dataset.path, "train"), dataset, tokenizer, ORDER)
@@ -169,7 +175,8 @@ def table(result: dict[str, Any]) -> str:
         _line(f"this model, {context}", scores),
     ]
     if "rows" in result:
-        lines.append(_line("the same, every row read afresh", result["rows"]))
+        name = "every row as one document" if result.get("joined") else "every row read afresh"
+        lines.append(_line(f"the same, {name}", result["rows"]))
     if baseline:
         decoded = "" if baseline["bytes"] == scores["bytes"] else ", of the decoded text"
         name = f"order-{baseline['order']} byte model{decoded}"

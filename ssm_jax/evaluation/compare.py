@@ -8,7 +8,7 @@ from typing import Any
 from ssm_jax.errors import DataError
 from ssm_jax.evaluation.charts import Series, line_chart, number
 from ssm_jax.evaluation.length_charts import Lengths, length_charts
-from ssm_jax.evaluation.report import RunFiles, duration, page, read_run
+from ssm_jax.evaluation.report import DIVERGENCE, Row, RunFiles, duration, page, read_run, training_losses
 
 TONES = ("a", "b", "c", "d", "e", "f")
 COMPARISON = "comparison.html"
@@ -32,15 +32,18 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path, baseline: 
 
 def render_comparison(runs: Sequence[RunFiles], against_first: bool = False) -> str:
     """The page as text. ``against_first``: the first run is the baseline."""
-    names = _names(runs)
+    names, steps, losses = _names(runs), [run.steps for run in runs], [training_losses(run) for run in runs]
     charts = {
-        "Training loss": _chart(runs, names, "steps", "loss", "Training loss", "nats per token"),
-        "Held-out loss": _chart(runs, names, "evaluations", "eval/loss", "Held-out loss", "nats per token"),
-        "Throughput": _chart(runs, names, "steps", "tokens_per_s", "Throughput", "tokens per second", from_zero=True),
-        "Gradient norm": _chart(runs, names, "steps", "grad_norm", "Gradient norm", "before clipping", from_zero=True),
+        "Training loss": _chart(losses, names, "loss", "Training loss", "nats per token"),
+        DIVERGENCE: _chart(steps, names, "kl", DIVERGENCE, "nats per token", from_zero=True),
+        "Held-out loss": _chart(
+            [run.evaluations for run in runs], names, "eval/loss", "Held-out loss", "nats per token"
+        ),
+        "Throughput": _chart(steps, names, "tokens_per_s", "Throughput", "tokens per second", from_zero=True),
+        "Gradient norm": _chart(steps, names, "grad_norm", "Gradient norm", "before clipping", from_zero=True),
     }
     if against_first:
-        difference = _differences(runs, names)
+        difference = _differences(losses, names)
         charts = {
             "Training loss": charts.pop("Training loss"),
             f"Training loss less that of {names[0]}": difference,
@@ -58,27 +61,27 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _chart(
-    runs: Sequence[RunFiles],
+    rows: Sequence[list[Row]],
     names: Sequence[str],
-    rows: str,
     key: str,
     title: str,
     y_label: str,
     from_zero: bool = False,
 ) -> str:
+    """One line per run, of what its rows hold under ``key``."""
     series = []
-    for run, name, tone in zip(runs, names, TONES, strict=False):
-        found = [row for row in getattr(run, rows) if key in row]
+    for each, name, tone in zip(rows, names, TONES, strict=False):
+        found = [row for row in each if key in row]
         series.append(Series(name, [row["step"] for row in found], [row[key] for row in found], tone))
     return line_chart(series, title=title, y_label=y_label, from_zero=from_zero)
 
 
-def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
+def _differences(losses: Sequence[list[Row]], names: Sequence[str]) -> str:
     """At the steps that a run and the baseline both have."""
-    baseline = {row["step"]: row["loss"] for row in runs[0].steps}
+    baseline = {row["step"]: row["loss"] for row in losses[0]}
     series = []
-    for run, name, tone in list(zip(runs, names, TONES, strict=False))[1:]:
-        both = [(row["step"], row["loss"], baseline[row["step"]]) for row in run.steps if row["step"] in baseline]
+    for steps, name, tone in list(zip(losses, names, TONES, strict=False))[1:]:
+        both = [(row["step"], row["loss"], baseline[row["step"]]) for row in steps if row["step"] in baseline]
         values = [None if a is None or b is None else a - b for _, a, b in both]
         series.append(Series(name, [step for step, *_ in both], values, tone))
     return line_chart(series, title=f"Training loss less that of {names[0]}", y_label="nats per token")
@@ -105,7 +108,8 @@ def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) 
             cells.append(f'<td class="number">{escape(text + change)}</td>')
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     note = (
-        '<p class="note">Bits per byte: of whole documents, by train.evaluate. Held-out loss: of rows, at the end of training. '
+        '<p class="note">Bits per byte: of whole documents, by train.evaluate, or of windows as long as the model reads. '
+        "Held-out loss: of rows, at the end of training. "
         "Differences of both are left out where the data differ.</p>"
     )
     return note + f'<div class="wide"><table class="scores"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
@@ -114,7 +118,7 @@ def _table(runs: Sequence[RunFiles], names: Sequence[str], against_first: bool) 
 def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
     """value and text of each column."""
     summary, last = run.summary, run.evaluations[-1] if run.evaluations else {}
-    bits = None if "sliding" in run.scores else run.scores.get("model", {}).get("bits_per_byte")
+    bits, windows = run.scores.get("model", {}).get("bits_per_byte"), run.scores.get("sliding")
     values = {
         "bits": (bits, "{:.4f}".format),
         "loss": (last.get("eval/loss"), "{:.4f}".format),
@@ -123,7 +127,10 @@ def _figures(run: RunFiles) -> dict[str, tuple[Any, str]]:
         "speed": (summary.get("tokens_per_s"), number),
         "seconds": (summary.get("seconds"), duration),
     }
-    return {key: (value, "–" if value is None else form(value)) for key, (value, form) in values.items()}
+    found = {key: (value, "–" if value is None else form(value)) for key, (value, form) in values.items()}
+    if windows and bits is not None:  # to be read, not to be compared: they see less than whole documents
+        found["bits"] = (None, f"{bits:.4f} (windows of {windows['window']})")
+    return found
 
 
 def _config_table(runs: Sequence[RunFiles], names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from ssm_jax.evaluation.likelihood import encode_pair, likelihoods
 from ssm_jax.evaluation.perplexity import evaluate
 from ssm_jax.generation import Decoder, make_decoder, stream
 from ssm_jax.interop import from_pretrained
-from ssm_jax.models import LanguageModel
+from ssm_jax.models import LanguageModel, registry
 from ssm_jax.typing import Params
 
 _MAX_NEW_TOKENS, _WINDOW = 256, 1024
@@ -62,7 +62,11 @@ class HarnessModel(LM):
         return [(result.logprob, result.is_greedy) for result in found]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p of whole texts, each token seeing all before it: the state is carried, there are no windows."""
+        """log p of whole texts, each token seeing all before it: the state is carried, there are no windows.
+
+        Where the model's context has a limit, texts are cut into windows of that length, each read afresh, as the harness does.
+        """
+        limit = registry.context_limit(self._model.config)
         totals = []
         for request in requests:
             ids = np.asarray([self._tokenizer.eos_id, *self._tokenizer.encode(request.args[0])], np.int32)
@@ -70,7 +74,12 @@ class HarnessModel(LM):
                 totals.append(0.0)
                 continue
             window = min(_WINDOW, 1 << (len(ids) - 1).bit_length())
-            scores = evaluate(self._model, self._params, documents.endless([[ids]], window), carry=True)
+            if limit is None:
+                batches = documents.endless([[ids]], window)
+            else:
+                window = min(window, limit)
+                batches = documents.sliding([ids], window, window, batch_size=1)
+            scores = evaluate(self._model, self._params, batches, carry=limit is None)
             totals.append(-scores["loss"] * scores["tokens"])
         return totals
 
@@ -93,12 +102,17 @@ class HarnessModel(LM):
         if self._decoder is None:
             self._decoder = make_decoder(self._model, self._params)
         self._requests += 1
+        count = int(options.get("max_gen_toks", _MAX_NEW_TOKENS))
+        prompt = self._context(self._tokenizer.encode(context).tolist())
+        limit = registry.context_limit(self._model.config)
+        if limit is not None and limit > count:  # else there is no room for any context, which ``stream`` says
+            prompt = prompt[-(limit - count) :]
         ids: list[int] = []
         for block in stream(
             self._model,
             self._params,
-            self._context(self._tokenizer.encode(context).tolist()),
-            int(options.get("max_gen_toks", _MAX_NEW_TOKENS)),
+            prompt,
+            count,
             temperature=float(options.get("temperature", 1.0)) if draws else 0.0,
             top_p=options.get("top_p") if draws else None,
             eos_id=self._tokenizer.eos_id,

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ssm_jax.data.tokenizers import Tokenizer
+from ssm_jax.errors import DataError
 from ssm_jax.generation.prompt import bucket
-from ssm_jax.models import LanguageModel
+from ssm_jax.models import LanguageModel, registry
 from ssm_jax.typing import Params, Positions, Tokens
 
 
@@ -44,19 +45,24 @@ def likelihoods(
 
     The probabilities are those of the loss, padded rows of the vocabulary included (as in transformers); greedy decoding leaves
     them out, as ``generate`` does. The context holds at least one token. Pairs are sorted by length and padded to powers of two,
-    so that few programs compile.
+    so that few programs compile. Where the model's context has a limit, a context loses its first tokens, so that as many are read
+    as fit (what lm-evaluation-harness does).
 
     Raises:
-        ValueError: an empty context.
+        ValueError: an empty context. DataError: a continuation that is longer than the model's context.
     """
     if any(not len(context) for context, _ in pairs):
         raise ValueError("a context is empty; start it with the end-of-text mark")
+    limit = registry.context_limit(model.config)
+    if limit is not None:
+        pairs = _within(pairs, limit)
     found: list[Likelihood] = [Likelihood(0.0, True)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         rows = [np.asarray([*pairs[i][0], *pairs[i][1]], np.int32) for i in group]
         length = bucket(max(len(row) for row in rows) - 1)
+        length = length if limit is None else min(length, limit)
         tokens, targets = np.zeros((2, batch_size, length), np.int32)
         positions = np.full((batch_size, length), -1, np.int32)
         scored = np.zeros((batch_size, length), bool)
@@ -70,6 +76,19 @@ def likelihoods(
             mask = scored[row]
             found[i] = Likelihood(float(logprobs[row][mask].astype(np.float64).sum()), bool(greedy[row][mask].all()))
     return found
+
+
+def _within(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The pairs with what is left of each context when ``limit`` inputs are read; the last token is no input."""
+    too_long = [(i, len(continuation)) for i, (_, continuation) in enumerate(pairs) if len(continuation) > limit]
+    if too_long:
+        raise DataError(
+            f"Continuation {too_long[0][0]} has {too_long[0][1]} tokens and the model reads at most {limit}; leave it "
+            "out, or use a model with a longer context."
+        )
+    return [(context[-(limit + 1 - len(continuation)) :], continuation) for context, continuation in pairs]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

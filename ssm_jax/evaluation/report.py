@@ -14,6 +14,7 @@ from ssm_jax.evaluation.length_charts import LENGTHS, Lengths, length_charts
 from ssm_jax.evaluation.style import CSS
 
 REPORT = "report.html"
+DIVERGENCE = "Divergence from the teacher"
 Row = dict[str, Any]
 
 
@@ -72,6 +73,7 @@ def render(run: RunFiles) -> str:
     """The page as text. Everything that comes from the files is escaped."""
     sections: dict[str, Callable[[RunFiles], str]] = {
         "Loss": _loss,
+        DIVERGENCE: _divergence,
         "Held-out text": _scores,
         "Loss by context": _by_context,
         "Longer contexts": _lengths,
@@ -93,6 +95,16 @@ def page(title: str, lead: str, sections: Mapping[str, str], footer: str = "") -
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head><body><main>'
         f"<h1>{escape(title)}</h1>{lead}{content}{footer}</main></body></html>\n"
     )
+
+
+def training_losses(run: RunFiles) -> list[Row]:
+    """The logged steps with the loss on the data alone, under ``loss``.
+
+    Of a run with a teacher that is ``ce``, in the steps that computed it: what it minimises is no loss on the data.
+    """
+    if not any(name in row for row in run.steps for name in ("ce", "kl")):
+        return run.steps
+    return [{**row, "loss": row["ce"]} for row in run.steps if "ce" in row]
 
 
 def _lead(run: RunFiles) -> str:
@@ -131,7 +143,7 @@ def _loss(run: RunFiles) -> str:
     in_bytes = bool(last.get("eval/bits_per_byte") and last.get("eval/loss"))
     factor = last["eval/bits_per_byte"] / last["eval/loss"] if in_bytes else 1.0
     series = [
-        _series(run.steps, "loss", "training", "a", factor=factor, band=True),
+        _series(training_losses(run), "loss", "training", "a", factor=factor, band=True),
         _series(run.evaluations, "eval/bits_per_byte" if in_bytes else "eval/loss", "held out", "b"),
     ]
     baseline = _baseline(run)
@@ -148,6 +160,13 @@ def _loss(run: RunFiles) -> str:
     return chart + (note if chart and in_bytes else "")
 
 
+def _divergence(run: RunFiles) -> str:
+    series = [_series(run.steps, "kl", "training", "c", band=True)]
+    chart = line_chart(series, title=DIVERGENCE, y_label="nats per token", from_zero=True)
+    note = '<p class="note">T² KL(teacher ‖ student) of the steps that computed it; the loss above is that on the data alone.</p>'
+    return chart + (note if chart else "")
+
+
 _SCORES = {
     "bits_per_byte": "bits per byte",
     "bits_per_token": "bits per token",
@@ -160,9 +179,12 @@ def _scores(run: RunFiles) -> str:
     scores = run.scores
     if "model" not in scores:
         return ""
+    context = ", whole documents" if "rows" in scores else ""
+    if "sliding" in scores:
+        context = ", windows of {window}, stride {stride}".format(**scores["sliding"])
     models = {
-        "this model, whole documents" if "rows" in scores else "this model": scores["model"],
-        "every row read afresh": scores.get("rows"),
+        f"this model{context}": scores["model"],
+        "every row as one document" if scores.get("joined") else "every row read afresh": scores.get("rows"),
         _baseline_name(run): scores.get("baseline"),
     }
     head = "".join(f'<th class="number">{title}</th>' for title in _SCORES.values())

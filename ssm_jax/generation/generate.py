@@ -105,7 +105,7 @@ def check_window(model: LanguageModel, window: int | None) -> None:
 
 def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> None:
     """Raises GenerationError unless the longest prompt and ``max_new_tokens`` more fit into the model's context."""
-    limit = registry.family_of(model.config).context_limit(model.config)
+    limit = registry.context_limit(model.config)
     longest = max(len(prompt) for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise GenerationError(

@@ -93,6 +93,11 @@ def make_config(name: str, **fields: Any) -> Any:
     raise ConfigError(f"Model {name!r} is unknown; {config_lib.suggest(name, [*FAMILIES, *PRESETS])}")
 
 
+def context_limit(config: Any) -> int | None:
+    """The most tokens of a document that a model with this config can read; None where there is no such limit."""
+    return family_of(config).context_limit(config)
+
+
 def config_of(family: Family, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Any:
     """A family's config from fields, under their own names or ``Family.aliases``, that override ``defaults``."""
     plain: dict[str, Any] = {}

@@ -49,7 +49,7 @@ def linear_cross_entropy(
     Where the weight is 0, target and features may be anything, NaN included.
 
     Args:
-        chunk_size: tokens of each row per chunk. None: about ``TOKENS_PER_CHUNK`` tokens per chunk and batch shard.
+        chunk_size: tokens of each row per chunk. None: about as many tokens per chunk and batch shard as features are wide, from 128 to 1,024.
         batch_shards: into how many parts the mesh cuts B. The gradient of readout is then summed within each of them, and over them
             once at the end rather than once per chunk. Divides B.
         z_loss: weight of the squared log-normaliser, which keeps logits from drifting.
@@ -65,7 +65,7 @@ def linear_cross_entropy(
         targets_BL,
         (),
         weights_BL,
-        chunk_size=tokens_per_chunk(chunk_size, targets_BL, batch_shards),
+        chunk_size=tokens_per_chunk(chunk_size, features_BLD, batch_shards),
         batch_shards=batch_shards,
     )
     return total, jnp.sum(weights_BL, dtype=jnp.float32)
@@ -83,7 +83,7 @@ def linear_token_nll(
     For evaluation: its gradient would keep all logits.
     """
     of_token = functools.partial(_loss_and_gradient, 0.0)
-    return token_losses(of_token, features_BLD, readout_DV, targets_BL, (), tokens_per_chunk(chunk_size, targets_BL))
+    return token_losses(of_token, features_BLD, readout_DV, targets_BL, (), tokens_per_chunk(chunk_size, features_BLD))
 
 
 def _token_loss(

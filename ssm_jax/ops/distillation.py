@@ -72,7 +72,7 @@ def linear_distillation(
         finite_where_ignored(teacher_features_BLM, weights_BL),
         fitted_MV.astype(teacher_features_BLM.dtype),
         weights_BL,
-        chunk_size=tokens_per_chunk(chunk_size, weights_BL, batch_shards),
+        chunk_size=tokens_per_chunk(chunk_size, features_BLD, batch_shards),
         batch_shards=batch_shards,
     )
     return total, jnp.sum(weights_BL, dtype=jnp.float32)

@@ -118,7 +118,7 @@ class DistillConfig:
     unit: what "alternate" counts, from the start of the run: even ones ("microbatch" or "update") take CE, odd ones KL.
     weight: the share of KL in "mix".
     copy_embeddings: begin with the teacher's token embeddings, and with its head where the student has one of its own; with
-    ``optim.freeze=[embed, head]`` they stay.
+    ``optim.freeze=["^embed/", "^head/"]`` they stay.
     """
 
     teacher: str

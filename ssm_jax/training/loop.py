@@ -130,11 +130,11 @@ def train(config: RunConfig) -> dict[str, Any]:
                     scores = evaluate(state.average, frozen)
                     log.write({"step": done, **scores})
                     progress.note(f"step {done}, held out: {summary.describe_scores(scores)}")
-                if "sample" in due:
-                    write_samples(run, state, frozen, log, progress)
                 if "checkpoint" in due:
                     saving.save(run, state, frozen, meter)
                     saved = done
+                if "sample" in due:  # after the checkpoint: whatever a sample meets, the steps up to here are kept
+                    write_samples(run, state, frozen, log, progress)
                 meter.restart()
         if unread is not None:
             read(unread)

@@ -25,8 +25,8 @@ from ssm_jax.errors import ConfigError, DataError, UserError
 from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
-from ssm_jax.models.registry import family_of
-from ssm_jax.training.config import RunConfig
+from ssm_jax.models.registry import context_limit
+from ssm_jax.training.config import RunConfig, SampleConfig
 from ssm_jax.training.teacher import Teacher, open_teacher
 from ssm_jax.typing import Params, PyTree
 
@@ -65,7 +65,24 @@ def prepare(config: RunConfig) -> Run:
     if config.init_from is not None and begun is None:
         _require_same_shapes(model, config.init_from)
     teacher = None if config.distill is None else open_teacher(config.distill, model, data)
-    return Run(config, Path(config.output), mesh, data, held_out, load_tokenizer(data.path), model, teacher)
+    tokenizer = load_tokenizer(data.path)
+    _require_room_for_samples(config.sample, model, tokenizer)
+    return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher)
+
+
+def _require_room_for_samples(config: SampleConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Samples are written at the end in any case, when it would be late to find that they do not fit."""
+    limit = context_limit(model.config)
+    if limit is None or not config.prompts:
+        return
+    longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in config.prompts)
+    if longest + config.max_new_tokens > limit:
+        room = limit - longest
+        fix = f"set sample.max_new_tokens={room}" if room > 0 else "shorten sample.prompts"
+        raise ConfigError(
+            f"Config key 'sample.max_new_tokens' is {config.max_new_tokens}; with the longest prompt, of {longest} tokens and its "
+            f"start mark, that exceeds the {limit} positions of the model; {fix}."
+        )
 
 
 def _model_begun_with(config: RunConfig) -> dict[str, Any] | None:
@@ -162,7 +179,7 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
             f"Config key 'data.seq_len' is {config.data.seq_len} and the data in {data.path} has rows of {data.seq_len}; "
             f"set data.seq_len={data.seq_len} or prepare the data with --seq-len {config.data.seq_len}."
         )
-    limit = family_of(model).context_limit(model)
+    limit = context_limit(model)
     if limit is not None and data.seq_len > limit:
         raise DataError(
             f"The data in {data.path} has rows of {data.seq_len} tokens, and the model reads at most {limit}; prepare the data "

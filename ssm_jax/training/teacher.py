@@ -12,7 +12,7 @@ from ssm_jax.errors import ConfigError, UserError
 from ssm_jax.interop import fingerprint, from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, count_parameters
-from ssm_jax.models.registry import family_name
+from ssm_jax.models.registry import context_limit, family_name
 from ssm_jax.training.config import DistillConfig
 from ssm_jax.typing import Params, PyTree
 
@@ -39,7 +39,7 @@ def open_teacher(config: DistillConfig, student: LanguageModel, data: Mixture) -
 
     Raises:
         LayoutError, CheckpointError: no folder that ``from_pretrained`` reads. DataError: another tokenizer than the data's.
-        ConfigError: another vocabulary than the student's; ``copy_embeddings`` of another width.
+        ConfigError: another vocabulary than the student's; a context shorter than the rows; ``copy_embeddings`` of another width.
     """
     path = config.teacher
     try:
@@ -54,6 +54,12 @@ def open_teacher(config: DistillConfig, student: LanguageModel, data: Mixture) -
         raise ConfigError(
             f"Config key 'distill.teacher': the model in {path} has {theirs} token ids and this run's {ours}; both need the same "
             f"vocabulary: prepare the data with the teacher's tokenizer and set model.vocab_size={theirs}."
+        )
+    limit = context_limit(model.config)
+    if limit is not None and data.seq_len > limit:
+        raise ConfigError(
+            f"Config key 'distill.teacher': the model in {path} reads at most {limit} tokens and the data in {data.path} has "
+            f"rows of {data.seq_len}; prepare the data with --seq-len {limit}, or name a teacher that reads longer rows."
         )
     ours, theirs = (abstract_params(each)["embed"]["embedding"].shape[1] for each in (student, model))
     if config.copy_embeddings and ours != theirs:

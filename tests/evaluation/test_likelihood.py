@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,6 +49,34 @@ def test_likelihoods_are_those_of_the_definition_in_any_batch(family: str) -> No
         assert [result.is_greedy for result in found] == [is_greedy for _, is_greedy in expected]
     with pytest.raises(ValueError, match="a context is empty"):
         likelihoods(model, params, [([], [1])])
+
+
+def test_a_limited_context_keeps_what_stands_last() -> None:
+    model, params = tiny("gpt2")  # 64 positions
+    rng = np.random.default_rng(1)
+    lengths = [(64, 1), (65, 1), (100, 3), (200, 64), (60, 10), (70, 0)]
+    pairs = [tuple(rng.integers(0, 61, n).tolist() for n in pair) for pair in lengths]
+
+    def in_sixty_five(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """By the definition: of the last 65 tokens, 64 are read and the last is only scored."""
+        ids = [*context, *continuation][-65:]
+        logits = np.asarray(full_logits(model, params, np.asarray([ids[:-1]], np.int32)), np.float64)[0]
+        logits = logits[len(logits) - len(continuation) :]
+        log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        total = log_p[np.arange(len(continuation)), continuation].sum()
+        return float(total), logits[:, :61].argmax(-1).tolist() == continuation
+
+    for batch_size in (1, 4):
+        found = likelihoods(model, params, pairs, batch_size)
+        expected = [in_sixty_five(*pair) for pair in pairs]
+        assert [x.logprob for x in found] == pytest.approx([logprob for logprob, _ in expected], rel=1e-5)
+        assert [x.is_greedy for x in found] == [greedy for _, greedy in expected]
+    with pytest.raises(DataError, match="Continuation 1 has 65 tokens and the model reads at most 64"):
+        likelihoods(model, params, [([1], [1]), ([1], [2] * 65)])
+    small = ssm_jax.build("gpt2", vocab_size=61, d_model=8, n_layers=1, n_heads=2, n_positions=8)
+    weights = small.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    (result,) = likelihoods(small, weights, [(list(range(30)), [1, 2])])
+    assert math.isfinite(result.logprob), "no row is padded beyond the limit"
 
 
 def test_lambada_is_the_last_word_with_its_space() -> None:
@@ -155,3 +185,32 @@ def test_the_harness_runs_its_tasks_on_our_model(folder: Path, tmp_path: Path, m
         ends = [*np.flatnonzero(ids == tokenizer.eos_id), len(ids)]
         expected = tokenizer.decode(ids[: ends[0]])
         assert sample["resps"][0][0] == expected.split("e")[0]
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_reads_no_further_than_the_model_does() -> None:
+    from lm_eval.api.instance import Instance
+
+    from ssm_jax.evaluation.harness import HarnessModel
+
+    model, params = tiny("gpt2", ByteTokenizer.vocab_size)  # 64 positions
+    wrapped = HarnessModel(model, params, ByteTokenizer())
+
+    def request(kind: Any, *arguments: Any) -> Instance:
+        return Instance(kind, {}, arguments, 0)
+
+    texts = ["", "short", "a text of many words, " * 7]
+    found = wrapped.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in texts])
+    for text, total in zip(texts, found, strict=True):
+        ids = [ByteTokenizer().eos_id, *text.encode()]
+        parts = [ids[start : start + 65] for start in range(0, len(ids) - 1, 64)]
+        logprobs = []
+        for part in parts:
+            (whole,) = likelihoods(model, params, [(part[:1], part[1:])])
+            logprobs.append(whole.logprob)
+        assert total == pytest.approx(sum(logprobs), rel=1e-5)
+    (written,) = wrapped.generate_until([request("generate_until", texts[2], {"max_gen_toks": 10})])
+    ids = ssm_jax.generate(model, params, [list(texts[2].encode())[-54:]], 10, eos_id=ByteTokenizer().eos_id)[0]
+    ends = [*np.flatnonzero(ids == ByteTokenizer().eos_id), len(ids)]
+    assert written == ByteTokenizer().decode(ids[: ends[0]])

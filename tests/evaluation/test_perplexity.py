@@ -5,11 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ssm_jax
 from ssm_jax.config import main
+from ssm_jax.data.pipeline import stored_documents
 from ssm_jax.data.prepare import Settings, prepare
 from ssm_jax.data.shards import open_dataset
 from ssm_jax.data.sources import find_sources
@@ -92,8 +95,8 @@ def _documents(lengths: tuple[int, ...]) -> list[np.ndarray]:
 
 def _definition(model: LanguageModel, params: Any, document: np.ndarray) -> np.ndarray:
     """-log p of every target of a document, each seeing all before it, float64."""
-    padded = np.zeros((1, 80), np.int32)
-    padded[0, : len(document)] = document
+    padded = np.zeros((1, 64 if len(document) <= 65 else 80), np.int32)
+    padded[0, : len(document) - 1] = document[:-1]
     logits = np.asarray(full_logits(model, params, padded), np.float64)[0, : len(document) - 1]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return -np.take_along_axis(log_p, document[1:, None], axis=1)[:, 0]
@@ -103,7 +106,7 @@ def _definition(model: LanguageModel, params: Any, document: np.ndarray) -> np.n
 @pytest.mark.parametrize(("count", "window"), [(1, 7), (3, 16), (8, 100)])
 def test_endless_context_sees_whole_documents(family: str, count: int, window: int) -> None:
     model, params = tiny(family)
-    found = _documents((70, 2, 33, 1, 16, 50))
+    found = _documents((64 if family == "gpt2" else 70, 2, 33, 1, 16, 50))  # tiny gpt2 has 64 positions
     expected = np.concatenate([_definition(model, params, document) for document in found])
     scores = evaluate(model, params, documents.endless(documents.lanes(found, count), window), carry=True)
     assert scores["tokens"] == len(expected)
@@ -237,6 +240,49 @@ def test_the_script_writes_what_it_prints(
     sliding = evaluate_documents(model, params, held_out, window=16, stride=8)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"windows of 16, stride 8 {sliding['bits_per_byte']:.4f}" in printed
+
+
+def test_a_limited_context_reads_windows_of_its_length(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, params = tiny("gpt2", ByteTokenizer.vocab_size)
+    limit, held_out = 64, open_dataset(prepared, "validation")
+    found = list(stored_documents(held_out))
+    assert max(map(len, found)) > 2 * limit
+    windows = [doc[start : start + limit + 1] for doc in found for start in range(0, len(doc) - 1, limit)]
+    expected = np.concatenate([_definition(model, params, window) for window in windows])
+    scores = evaluate_documents(model, params, held_out, batch_size=3)
+    assert scores["tokens"] == len(expected) == held_out.split.targets
+    assert scores["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+
+    ssm_jax.save_pretrained(model, params, tmp_path, layout="ssm_jax", tokenizer=ByteTokenizer())
+    arguments = [str(tmp_path), "--data", str(prepared), "--no-baseline", "--json", str(tmp_path / "scores.json")]
+    script.run(arguments)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["sliding"] == {"window": 64, "stride": 64}
+    assert written["model"]["loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert written["rows"]["loss"] == pytest.approx(evaluate_split(model, params, held_out)["loss"], rel=1e-6)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"windows of 64, stride 64 {scores['bits_per_byte']:.4f}" in printed
+    with pytest.raises(
+        DataError, match="window is 65 and the model reads at most 64 tokens; choose --window 64 or less"
+    ):
+        script.run([*arguments, "--window", "65", "--stride", "8"])
+
+
+def test_rows_longer_than_the_context_are_refused(prepared: Path, tmp_path: Path) -> None:
+    model = ssm_jax.build("gpt2", vocab_size=257, d_model=8, n_layers=1, n_heads=2, n_positions=LENGTH - 1)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    with pytest.raises(
+        DataError, match=r"rows of 24 tokens and the model reads at most 23; prepare it with --seq-len 23"
+    ):
+        evaluate_split(model, params, open_dataset(prepared, "validation"))
+    ssm_jax.save_pretrained(model, params, tmp_path, layout="ssm_jax", tokenizer=ByteTokenizer())
+    script.run([str(tmp_path), "--data", str(prepared), "--no-baseline", "--json", str(tmp_path / "scores.json")])
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["sliding"] == {"window": 23, "stride": 23}
+    assert math.isfinite(written["model"]["loss"])
+    assert "rows" not in written
 
 
 def test_the_script_refuses_what_does_not_fit(

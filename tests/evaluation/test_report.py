@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from ssm_jax.errors import UserError
 from ssm_jax.evaluation.charts import Level, Series, bars, line_chart, nice_ticks, number
-from ssm_jax.evaluation.report import duration, size, write_report
+from ssm_jax.evaluation.compare import render_comparison
+from ssm_jax.evaluation.report import duration, read_run, render, size, training_losses, write_report
 from train import report as script
 
 HOSTILE = "</pre><script>alert(1)</script> & \"quotes\" 'too'"
@@ -220,6 +221,35 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "less that of" not in out.read_text()
     with pytest.raises(UserError, match="named twice"):
         script.run([str(runs[0]), "--baseline", str(runs[0]), "--out", str(out)])
+
+
+def _taught(folder: Path) -> Path:
+    """A run that took the data and the teacher in turn, and whose KL is far above its cross entropy."""
+    run = _other_run(folder, "taught", 0.0)
+    turns = [{"ce": 3.0 - i / 10} if i % 2 else {"kl": 70.0 + i} for i in range(1, 9)]
+    steps = [{"step": i, "loss": next(iter(turn.values())), **turn} for i, turn in enumerate(turns, start=1)]
+    last = {"step": 8, "eval/loss": 2.5, "eval/bits_per_byte": 5.0}
+    (run / "metrics.jsonl").write_text(_json_lines(*steps, last))
+    return run
+
+
+def test_what_a_teacher_teaches_is_no_loss_on_the_data(tmp_path: Path) -> None:
+    run = read_run(_taught(tmp_path))
+    assert [(row["step"], row["loss"]) for row in training_losses(run)] == [(i, 3.0 - i / 10) for i in (1, 3, 5, 7)]
+    page = render(run)
+    figures = {re.findall("<b>(.*?)</b>", part)[0]: part for part in page.split("<figure>")[1:]}
+    assert "step 7 · training 4.6" in figures["Loss"], "2.3 nats per token, 2 bits per byte each"
+    assert "step 8 · training 78<" in figures["Divergence from the teacher"]
+    plain = read_run(_other_run(tmp_path, "plain", 0.5))
+    assert training_losses(plain) == plain.steps
+    assert "Divergence" not in render(plain)
+    page = render_comparison([plain, run], against_first=True)
+    figures = {re.findall("<b>(.*?)</b>", part)[0]: part for part in page.split("<figure>")[1:]}
+    for title in ("Training loss", "Training loss less that of plain", "Divergence from the teacher"):
+        line = re.search(r'<polyline class="line b" points="([^"]*)"', figures[title])
+        assert line, title
+        assert len(line[1].split()) == 4, title
+    assert f"taught {2.3 - (2.5 + 1 / 7):.4g}<" in figures["Training loss less that of plain"]
 
 
 def test_losses_by_context_have_bars(tmp_path: Path) -> None:

@@ -358,6 +358,28 @@ def test_refused_before_anything_happens(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_that_cannot_read_the_rows_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a compiled step it would give NaN, and the student would learn from the data alone."""
+    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("the step was compiled"))
+    for limit in (31, 32):
+        model = ssm_jax.build("gpt2", vocab_size=257, d_model=8, n_layers=1, n_heads=2, n_positions=limit)
+        ssm_jax.save_pretrained(
+            model, random_params(model, 0), tmp_path / f"{limit}", "ssm_jax", tokenizer=ByteTokenizer()
+        )
+    with pytest.raises(
+        ConfigError, match=r"'distill\.teacher': .* reads at most 31 tokens and .* rows of 32; .*--seq-len 31"
+    ):
+        run(distill__teacher=tmp_path / "31")
+    monkeypatch.undo()
+    run(distill__teacher=tmp_path / "32", train__steps=2)
+    taught = [row for row in rows(tmp_path / "run") if "kl" in row]
+    assert [row["step"] for row in taught] == [2]
+    assert taught[0]["kl"] > 0
+    assert taught[0]["skipped_in_a_row"] == 0
+
+
 def test_a_folder_without_a_model_is_no_teacher(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LayoutError, match=r"Config key 'distill\.teacher': Folder .*empty holds no weights; one of"):

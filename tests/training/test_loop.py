@@ -25,9 +25,12 @@ import ssm_jax
 from ssm_jax import checkpoint, config, optim, sharding
 from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.pipeline import evaluation_batches
+from ssm_jax.data.prepare import Settings, prepare
 from ssm_jax.data.shards import Manifest, PackedDataset, Split, open_dataset
-from ssm_jax.data.tokenizers import SubwordTokenizer, load_tokenizer
+from ssm_jax.data.sources import TextFile
+from ssm_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from ssm_jax.errors import UserError
+from ssm_jax.evaluation import evaluate_split
 from ssm_jax.training import load_run_config, loop, saving, train
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
@@ -35,6 +38,7 @@ from ssm_jax.training.metrics import TIMES
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.validation import scores
 from tests.training.conftest import Overrides, Run, prepare_bytes
+from train import evaluate as evaluate_script
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -302,6 +306,66 @@ def test_microbatches_and_events_and_samples(run: Run, tmp_path: Path, straight:
     events = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
     assert b"train/loss" in events
     assert b"eval/bits_per_byte" in events
+
+
+def test_samples_fill_a_limited_context_and_come_after_the_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"model__family": "gpt2", "model__n_heads": 2, "model__n_positions": 32, "train__steps": 2}
+    fields |= {"sample__prompts": "[line]", "sample__max_new_tokens": 27, "sample__every": 2, "checkpoint__every": 2}
+    saved, write = [], loop.write_samples
+
+    def spied(*arguments: Any) -> None:
+        saved.append(checkpoint.steps(tmp_path / "run" / "checkpoints")[-1])
+        write(*arguments)
+
+    monkeypatch.setattr(loop, "write_samples", spied)
+    run(**fields)
+    assert saved == [2]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [2]
+
+
+def test_joined_rows_are_one_document_in_training_validation_and_evaluation(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(90):
+        (tmp_path / f"{i}.txt").write_text(f"file {i} is short\n")
+    files = [TextFile(path, path.name) for path in sorted(tmp_path.glob("*.txt"))]
+    data = tmp_path / "data"
+    prepare(files, data, ByteTokenizer(), Settings(seq_len=32, validation_percent=20.0))
+    starts = next(iter(evaluation_batches(open_dataset(data, "validation"), batch_size=4)))["positions"] == 0
+    assert starts[:, 1:].any(), "documents begin inside of rows"
+    fields = {"data__path": data, "train__steps": 2, "eval__every": 0, "eval__batches": "null", "checkpoint__every": 1}
+    for name, joined in (("apart", {}), ("joined", {"data__joined": "true"})):
+        run(**fields, **joined, output=tmp_path / name)
+    stop_at(1, monkeypatch)
+    assert not run(**fields, data__joined="true")["finished"]
+    monkeypatch.undo()
+    assert run(**fields, data__joined="true")["finished"]
+    assert_same_run(tmp_path / "run", tmp_path / "joined")
+    identities = [config.read_yaml(tmp_path / name / "identity.yaml")["data"] for name in ("apart", "joined")]
+    assert "joined" not in identities[0], "runs that were begun before there was the key go on"
+    assert identities[1] == {**identities[0], "joined": True}
+    with pytest.raises(UserError, match=r"holds another run: data\.joined is "):
+        run(**fields, output=tmp_path / "joined")
+
+    found = {}
+    for name in ("apart", "joined"):
+        capsys.readouterr()
+        evaluate_script.run([str(tmp_path / name), "--no-baseline"])
+        assert ("every row as one document" in capsys.readouterr().out) == (name == "joined")
+        scores = json.loads((tmp_path / name / "eval.json").read_text())
+        (last,) = [row["eval/loss"] for row in rows(tmp_path / name) if "eval/loss" in row]
+        assert scores["rows"]["loss"] == pytest.approx(last, rel=1e-6)
+        assert scores.get("joined", False) == (name == "joined")
+        found[name] = last
+    assert found["apart"] != pytest.approx(found["joined"], rel=1e-5)
+    model, params = checkpoint.load_model(tmp_path / "joined")
+    held_out = open_dataset(data, "validation")
+    joined_loss, apart_loss = (evaluate_split(model, params, held_out, 4, joined)["loss"] for joined in (True, False))
+    assert joined_loss == pytest.approx(found["joined"], rel=1e-6)
+    assert apart_loss != pytest.approx(joined_loss, rel=1e-6)
 
 
 def test_frozen_parameters_stay_and_come_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
