@@ -49,7 +49,8 @@ def linear_cross_entropy(
     Where the weight is 0, target and features may be anything, NaN included.
 
     Args:
-        chunk_size: tokens of each row per chunk. None: about as many tokens per chunk and batch shard as features are wide, from 128 to 1,024.
+        chunk_size: tokens of each row per chunk. None: about as many tokens per chunk and batch shard as
+            features are wide, from 128 to 1,024.
         batch_shards: into how many parts the mesh cuts B. The gradient of readout is then summed within each of them, and over them
             once at the end rather than once per chunk. Divides B.
         z_loss: weight of the squared log-normaliser, which keeps logits from drifting.

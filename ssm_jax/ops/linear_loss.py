@@ -71,8 +71,8 @@ def tokens_per_chunk(chunk_size: int | None, features_BLD: Float[Array, "B L D"]
     """Tokens of each row per chunk: at most what was asked for, and evened out over the chunks that makes.
 
     None: about D tokens per chunk and batch shard, within ``FEWEST`` and ``MOST``. A chunk reads and writes the readout's gradient
-    once, 8 D V bytes, and its logits several times, 4 V bytes per token: with D tokens the former is the lesser part, and more would
-    only push the logits out of the caches (half the time at D = 128 and V = 50,257 on a CPU).
+    once, 8 D V bytes, and its logits several times, 4 V bytes per token: with D tokens the former is the lesser part, and more
+    would only push the logits out of the caches (half the time at D = 128 and V = 50,257 on a CPU).
     """
     batch, length, width = features_BLD.shape
     chunk_size = chunk_size or max(1, min(max(width, FEWEST), MOST) * batch_shards // batch)
