@@ -6,9 +6,9 @@
     python -m train.evaluate runs/wiki --lengths                # from the training length to 64 times it
     python -m train.evaluate runs/wiki --lengths 512,2048,8192
 
-MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json
-(those of sliding windows and of lengths in files of their own). DATA
-is prepared data (train.prepare_data), by default what the run was trained on.
+MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json (those of
+other data, another split, sliding windows and lengths in files of their own). DATA is prepared data (train.prepare_data), by
+default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. (A model whose
 context has a limit reads it in windows of that length, each afresh, as the table says.) Beside that stands the score of the data's
@@ -74,8 +74,7 @@ def run(argv: Sequence[str]) -> None:
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
         result["baseline"] = evaluate_baseline(open_dataset(dataset.path, "train"), dataset, tokenizer, ORDER)
-    name = f"eval-window{window}-stride{args.stride}.json" if args.stride is not None else "eval.json"
-    targets = _write(args, name, result)
+    targets = _write(args, _name_of_scores(args, dataset.path, window), result)
     print(table(result))
     for target in targets:
         print(f"written to {target}")
@@ -99,6 +98,16 @@ def _load(args: argparse.Namespace) -> "tuple[LanguageModel, Params, Tokenizer, 
     if checkpoint.is_checkpoint(folder):
         result["step"] = int(checkpoint.find_checkpoint(folder).name)
     return model, params, tokenizer, dataset, result
+
+
+def _name_of_scores(args: argparse.Namespace, data: Path, window: int) -> str:
+    """eval.json for the run's own held-out text, read whole; a name of its own for anything else."""
+    own = _data_config(Path(args.model)).get("path")
+    parts = ["eval"]
+    parts += [data.resolve().name] if own is None or Path(own).resolve() != data.resolve() else []
+    parts += [args.split] if args.split != "validation" else []
+    parts += [f"window{window}", f"stride{args.stride}"] if args.stride is not None else []
+    return "-".join(parts) + ".json"
 
 
 def _write(args: argparse.Namespace, name: str, result: dict[str, Any]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,13 @@ def test_the_script_writes_what_it_prints(
     sliding = evaluate_documents(model, params, held_out, window=16, stride=8)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"windows of 16, stride 8 {sliding['bits_per_byte']:.4f}" in printed
+
+    other = shutil.copytree(prepared, tmp_path / "other")
+    for options in (["--data", str(other)], ["--split", "train"]):
+        script.run([str(run_folder), *options, "--no-baseline"])
+    assert json.loads((run_folder / "eval.json").read_text()) == scores, "other scores do not take its place"
+    assert json.loads((run_folder / "eval-other.json").read_text())["model"] == scores["model"]
+    assert json.loads((run_folder / "eval-train.json").read_text())["split"] == "train"
 
 
 def test_a_limited_context_reads_windows_of_its_length(

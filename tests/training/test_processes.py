@@ -28,6 +28,8 @@ RUN: dict[str, Any] = {
     "sample__every": 20,
     "sample__prompts": '["a"]',
     "sample__max_new_tokens": 4,
+    "optim__ema": 0.9,
+    "optim__freeze": "[norm_f]",
     "mesh__data": 2,
     "mesh__fsdp": 4,
 }
