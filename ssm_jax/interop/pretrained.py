@@ -97,8 +97,8 @@ def open_folder(path: Path, **config_overrides: Any) -> Source:
     if (path / OURS).is_file():
         fields |= read_json(path / OURS).get("config", {})
     fields |= layout.infer(fields, tensors)
-    tied = bool(config_overrides.get("tie_embeddings", fields["tie_embeddings"]))
-    fields["tie_embeddings"], tensors = _resolve_head(path, layout, tied, tensors)
+    tied, wanted = fields["tie_embeddings"], config_overrides.get("tie_embeddings")
+    fields["tie_embeddings"], tensors = _resolve_head(path, layout, tied, wanted, tensors)
     config = config_from_dict({"family": layout.family, **fields})
     return Source(layout, build(config, **config_overrides), tensors)
 
@@ -200,21 +200,23 @@ def _canonical(path: Path, layout: Layout, found: Mapping[str, Tensor]) -> dict[
     return tensors
 
 
-def _resolve_head(path: Path, layout: Layout, tied: bool, tensors: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
-    """Whether the head is tied, and the tensors without a redundant copy of it."""
+def _resolve_head(
+    path: Path, layout: Layout, tied: bool, wanted: bool | None, tensors: dict[str, Tensor]
+) -> tuple[bool, dict[str, Tensor]]:
+    """Whether the head is tied, and the tensors without a redundant copy of it. ``wanted``: what the caller asks for."""
     head, embedding = tensors.get(layout.head), tensors.get(layout.embedding)
-    if not tied or head is None:
-        return tied, tensors
+    if wanted is False or not (tied or wanted) or head is None:
+        return tied and wanted is not False, tensors
     rest = {name: tensor for name, tensor in tensors.items() if name != layout.head}
     if embedding is None:
         return True, {**rest, layout.embedding: head}
     if _equal(head, embedding):
         return True, rest
-    differ = f"{path}: tie_embeddings is true, but {layout.head!r} and {layout.embedding!r} differ"
+    if wanted:
+        raise LayoutError(f"{path}: tie_embeddings=True was passed, but head and token table differ; leave it out.")
+    differ = f"{path}: the config says tied, but {layout.head!r} and {layout.embedding!r} differ"
     if layout.differing_head == "refuse":
-        raise LayoutError(
-            f"{differ}; set it to false (in {layout.config_file}, if it says so) to use both, or remove one."
-        )
+        raise LayoutError(f"{differ}; set tie_embeddings to false in {layout.config_file} to use both, or remove one.")
     warnings.warn(f"{differ}; both are used, untied, as transformers does.", stacklevel=4)
     return False, tensors
 
