@@ -1,6 +1,10 @@
 """Eight virtual CPU devices, runtime shape checks on the package, warnings as errors (pyproject.toml)."""
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small programs spend their time in the compiler: without its last optimisations the suite takes less than half as long.
@@ -17,3 +21,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook("ssm_jax", "beartype.beartype")
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 15_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between two files, drops compiled programs once there are many.
+
+    Every one holds about five memory mappings, a process may have 65,530, and XLA's compiler dies of the next one.
+    """
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    if MAPPINGS.is_file() and len(MAPPINGS.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
