@@ -28,7 +28,8 @@ def rotate(
 
     def table(step: int, count: int, place: Array) -> tuple[Array, Array]:
         angles = step * np.arange(count)[:, None] * frequencies
-        return tuple(jnp.asarray(f(angles), jnp.float32)[place][:, :, None] for f in (np.cos, np.sin))  # type: ignore[return-value]
+        cos, sin = (jnp.asarray(values, jnp.float32)[place][:, :, None] for values in (np.cos(angles), np.sin(angles)))
+        return cos, sin
 
     cos_a, sin_a = table(_FINE, -(-limit // _FINE), place_BL // _FINE)
     cos_b, sin_b = table(1, _FINE, place_BL % _FINE)

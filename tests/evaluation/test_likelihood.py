@@ -188,7 +188,7 @@ def test_the_harness_runs_its_tasks_on_our_model(folder: Path, tmp_path: Path, m
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # theirs, as above
 def test_the_harness_reads_no_further_than_the_model_does() -> None:
     from lm_eval.api.instance import Instance
 
