@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ssm_jax.nn.mixers import Attention
-from ssm_jax.nn.rotary import rotate
 from ssm_jax.nn.state import AttentionState
 from ssm_jax.ops.attention import attention
 from tests.conformance.compare import assert_close, assert_trees_close
@@ -209,18 +208,3 @@ def test_no_array_of_length_by_length(with_state: bool) -> None:
 
     size, what, _ = array_sizes(jax.grad(loss), variables, x)[0]
     assert size <= length * 2 * block * HEADS * WIDTH + block**2 * HEADS * WIDTH, what
-
-
-def test_rotary_angles_are_exact_far_out() -> None:
-    limit, base = 1 << 20, 10_000.0
-    places = np.array([0, 1, 255, 256, 4097, 123_456, limit - 1])
-    x = np.random.default_rng(0).normal(size=(1, len(places), 1, 64))
-    half = x[..., :32] + 1j * x[..., 32:]
-    turned = half * np.exp(1j * places[:, None] * base ** (-np.arange(32) / 32))[None, :, None]
-    got = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(places)[None], base, limit)
-    assert_close(got, np.concatenate([turned.real, turned.imag], axis=-1), 2e-6)
-
-
-def test_rotary_positions_need_pairs() -> None:
-    with pytest.raises(ValueError, match="head_dim is 3; choose an even one"):
-        rotate(jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 1), jnp.int32), 100.0, 8)

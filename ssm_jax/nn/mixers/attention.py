@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
-from ssm_jax.nn.rotary import rotate
+from ssm_jax.nn.rotary import geometric, rotate
 from ssm_jax.nn.state import AttentionState
 from ssm_jax.ops.attention import attention, attention_step
 from ssm_jax.typing import Activations, Lengths, Positions
@@ -66,7 +66,8 @@ class Attention(nn.Module):
 
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
         if self.rotary_base is not None:
-            q, k = (rotate(x, place_BL, self.rotary_base, self.block) for x in (q, k))
+            frequencies = geometric(self.head_dim, self.rotary_base)
+            q, k = (rotate(x, place_BL, frequencies) for x in (q, k))
         y_BLHP, windows = self._attend(q, k, v, place_BL, state, positions)
         out = nn.DenseGeneral(d_model, axis=(-2, -1), kernel_init=self.out_init, name="out_proj", **kinds)(y_BLHP)
 
