@@ -11,6 +11,7 @@ from ssm_jax.ops.distillation import linear_distillation
 from ssm_jax.ops.dss import convolution_kernel, dss, zero_order_hold
 from ssm_jax.ops.linear_recurrence import linear_recurrence
 from ssm_jax.ops.long_convolution import long_convolution
+from ssm_jax.ops.retention import retention
 from ssm_jax.ops.selective_scan import selective_scan
 from ssm_jax.ops.ssd import ssd
 
@@ -26,6 +27,7 @@ __all__ = [
     "linear_recurrence",
     "linear_token_nll",
     "long_convolution",
+    "retention",
     "selective_scan",
     "ssd",
     "zero_order_hold",

@@ -26,6 +26,7 @@ Axes in this file: B lane, M chunk, T and S token of a chunk, G group, R head of
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -187,21 +188,26 @@ def _cut(
 def _decays(log_decay_BMGTR: Array, earlier_BMTS: Array) -> tuple[Array, Array, Array]:
     """exp of the sums of log decays from token s to t, up to and including t, and after t.
 
-    A difference of two cumulative sums loses what is small in it when the sums are large. So the sums are taken of multiples
-    of 1/64, which are exact, and of the small rest. exp(-128) is 0, so nothing below needs to be represented.
+    A difference of two cumulative sums loses what is small in it when the sums are large, and a sum of many equal numbers is
+    rounded the same way at every step. So the sums are taken of multiples of 2^-6 and of 2^-20, which are exact, and of the
+    tiny rest. exp(-128) is 0, so nothing below needs to be represented.
     """
-    tokens = log_decay_BMGTR.shape[3]
-    log_decay_BMGTR = jnp.maximum(log_decay_BMGTR, -128.0)
-    coarse = jnp.round(log_decay_BMGTR * 64) / 64
-    sums = (
-        jnp.einsum("bmgsr,st->bmgrt", x, np.tri(tokens).T.astype(x.dtype), precision=lax.Precision.HIGHEST)
-        for x in (coarse, log_decay_BMGTR - coarse)
-    )
-    coarse, rest = (x[..., :, None] - x[..., None, :] for x in sums)
-    pair_BMGRTS = jnp.exp(jnp.where(earlier_BMTS[:, :, None, None], coarse + rest, -jnp.inf))
-    entry_BMGTR = jnp.exp(_sum_over(np.tri(tokens), log_decay_BMGTR))
-    exit_BMGTR = jnp.exp(_sum_over(np.tri(tokens, k=-1).T, log_decay_BMGTR))
+    rest = jnp.maximum(log_decay_BMGTR, -128.0)
+    parts = []
+    for steps in (2.0**6, 2.0**20):
+        parts.append(jnp.round(rest * steps) / steps)
+        rest = rest - parts[-1]
+    sums = [_sum_over(np.tri(rest.shape[3]), x) for x in (*parts, rest)]
+    entry_BMGTR = jnp.exp(_total(sums))
+    exit_BMGTR = jnp.exp(_total(x[..., -1:, :] - x for x in sums))
+    rows = [jnp.swapaxes(x, 3, 4) for x in sums]
+    between_BMGRTS = _total(x[..., :, None] - x[..., None, :] for x in rows)
+    pair_BMGRTS = jnp.exp(jnp.where(earlier_BMTS[:, :, None, None], between_BMGRTS, -jnp.inf))
     return pair_BMGRTS, entry_BMGTR, exit_BMGTR
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def _pass_states(

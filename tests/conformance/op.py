@@ -156,7 +156,13 @@ class OpConformance:
         with jax.enable_x64(True):
             case = jax.tree.map(_widen, self.case(5, "documents"))
             call = jax.jit(self.call(implementation="reference"))
-            check_grads(lambda *args: call(*args, case.masks), case[:2], order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
+
+            def differentiable(inputs: Arrays, real: list[Any]) -> tuple[Any, Any]:
+                y, final = call(inputs, _with_real(case.state, real), case.masks)
+                return y, _real(final)
+
+            args = (case.inputs, _real(case.state))
+            check_grads(differentiable, args, order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
     # Values and gradients.
 
@@ -202,7 +208,7 @@ class OpConformance:
         packed = self.run(self.call(implementation=any_implementation), case)
         separate = self.run(self.call_separately(DOCUMENTS, implementation=any_implementation), case)
         assert_run_close(packed, separate, self.tolerance)
-        assert all(not leaf.any() for leaf in jax.tree.leaves(packed["d_state"]))
+        assert all(not leaf.any() for leaf in packed["d_state"])
 
     def test_nothing_before_a_reset_has_influence(self, any_implementation: str) -> None:
         """Not even a state of 1e20: it is multiplied by an exact zero, not by a small number."""
@@ -214,7 +220,7 @@ class OpConformance:
             name: x * _along_length(louder[None], x).astype(x.dtype) if name in self.sequences else x
             for name, x in quiet.inputs.items()
         }
-        loud = quiet._replace(inputs=loud_inputs, state=jax.tree.map(lambda leaf: np.float32(1e20) * leaf, quiet.state))
+        loud = quiet._replace(inputs=loud_inputs, state=_changed(quiet.state, lambda leaf: np.float32(1e20) * leaf))
         quiet_run, loud_run = (self.run(self.call(implementation=any_implementation), case) for case in (quiet, loud))
         for run in (quiet_run, loud_run):
             run["y"] = run["y"][:, last:]
@@ -225,7 +231,7 @@ class OpConformance:
     def test_a_document_start_clears_a_broken_state(self, any_implementation: str) -> None:
         """A lane whose state is NaN or infinite is as good as a fresh one when a document starts with the call."""
         clean = self.case(sum(DOCUMENTS), "packed")
-        broken = [jax.tree.map(lambda leaf, bad=bad: np.full_like(leaf, bad), clean.state) for bad in (np.nan, np.inf)]
+        broken = [_changed(clean.state, lambda leaf, bad=bad: np.full_like(leaf, bad)) for bad in (np.nan, np.inf)]
         call = self.call(implementation=any_implementation)
         expected = self.run(call, clean)
         for state in broken:
@@ -332,8 +338,12 @@ def assert_run_close(actual: Arrays, expected: Arrays, tolerance: float) -> None
 
 
 def _evaluate(call: Call, inputs: Arrays, state: Any, masks: Arrays, cotangents: Any) -> Arrays:
-    (y, final), pullback = jax.vjp(lambda inputs, state: call(inputs, state, masks), inputs, state)
-    d_inputs, d_state = pullback(cotangents)
+    def differentiable(inputs: Arrays, real: list[Any]) -> tuple[Any, Any]:
+        y, final = call(inputs, _with_real(state, real), masks)
+        return (y, _real(final)), final
+
+    (y, _), pullback, final = jax.vjp(differentiable, inputs, _real(state), has_aux=True)
+    d_inputs, d_state = pullback((cotangents[0], _real(cotangents[1])))
     return {"y": y, "state": final, "d_state": d_state, **{f"d_{name}": d for name, d in d_inputs.items()}}
 
 
@@ -342,7 +352,7 @@ def _oracle(test: type[OpConformance], length: int, masks: str, dtype: np.dtype)
     with jax.enable_x64(True):
         case = jax.tree.map(_widen, test().case(length, masks, dtype))
         result = test().run(test().call(implementation="reference"), case)
-    assert all(leaf.dtype in (np.float64, np.complex128) for leaf in jax.tree.leaves(result))
+    assert all(leaf.dtype in (np.float64, np.complex128, np.int32) for leaf in jax.tree.leaves(result))
     return result
 
 
@@ -350,6 +360,20 @@ def _widen(array: np.ndarray) -> np.ndarray:
     if np.iscomplexobj(array):
         return array.astype(np.complex128)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _real(state: Any) -> list[Any]:
+    """The leaves that are no counts of tokens."""
+    return [leaf for leaf in jax.tree.leaves(state) if not jnp.issubdtype(leaf.dtype, jnp.integer)]
+
+
+def _with_real(state: Any, real: list[Any]) -> Any:
+    values = iter(real)
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else next(values), state)
+
+
+def _changed(state: Any, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+    return _with_real(state, [change(leaf) for leaf in _real(state)])
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -1,0 +1,120 @@
+"""Retention: attention whose memory decays by one constant per head (Sun et al. 2023, arXiv:2307.08621).
+
+``reference`` is the sequential oracle, ``xla`` runs everywhere. A kernel registers a forward under "retention" and a backward
+under "retention_backward"; both see the same ``Inputs``, and nothing else is kept between them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ssm_jax.ops import dispatch
+from ssm_jax.ops.linear_attention import default_chunk_size
+from ssm_jax.ops.resets import clear
+from ssm_jax.ops.retention import xla
+from ssm_jax.ops.retention.inputs import Inputs, Memory
+from ssm_jax.ops.retention.reference import reference
+from ssm_jax.ops.retention.whole import Normaliser, whole
+from ssm_jax.typing import Lengths, Reset
+
+dispatch.register("retention", "reference", reference)
+dispatch.register("retention", "xla", xla.forward)
+dispatch.register("retention_backward", "xla", xla.backward)
+
+
+def retention(
+    q_BLHN: Float[Array, "B L H N"],
+    k_BLHN: Float[Array, "B L H N"],
+    v_BLHP: Float[Array, "B L H P"],
+    log_decay_H: Float[Array | np.ndarray, "H"],
+    state: Memory | None = None,
+    reset: Reset | None = None,
+    *,
+    lengths: Lengths | None = None,
+    score_normaliser: Normaliser | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B L H P"], Memory]:
+    """Runs retention over axis 1, per head, with gamma = exp(log_decay):
+
+        R_n = gamma R_{n-1} + k_n v_n^T
+        y_n = q_n^T R_n / sqrt(S_n),   S_n = 1 + gamma + ... + gamma^n,   n the token's place in its document
+
+    The state is not normalised and the scale belongs to the place in the document, so that parallel, chunkwise and recurrent
+    forms are one function: a chunk as long as the sequence is the parallel form, a call with one token the recurrent one. (The
+    published forms scale states and chunks differently, and disagree.) Queries and keys come scaled and rotated.
+
+    Args:
+        log_decay_H: at most 0; a constant, for which there is no gradient.
+        state: the memory before the first token; an empty one if None.
+        reset: True at the first token of a document: nothing before it, in the call or in the state, has any influence.
+        lengths: present tokens per row; later ones leave the state alone and their outputs mean nothing.
+        score_normaliser: None; or "abs_sum" or "sum_abs", which divide by sums over a whole sequence (``retention.whole``).
+        implementation: None for the best one of the platform, or a name.
+        chunk_size: the most tokens in a chunk. A matter of speed and memory only.
+
+    Returns:
+        y in v's dtype, and the memory after the last present token. Everything between is float32 (float64 for float64 v).
+        The memory is the same with every ``score_normaliser``.
+
+    Raises:
+        ImplementationError: ``implementation`` is named and cannot run here.
+        ValueError: a score normaliser together with a state, or an unknown one.
+    """
+    wide = jnp.promote_types(v_BLHP.dtype, jnp.float32)
+    batch, length, heads, values = v_BLHP.shape
+    keys = q_BLHN.shape[-1]
+    if state is None:
+        memory = Memory(jnp.zeros((batch, heads, keys, values), wide), jnp.zeros((batch,), jnp.int32))
+    else:
+        memory = Memory(state.kv_BHNP.astype(wide), state.tokens_B)
+    if reset is not None:
+        if lengths is not None:
+            reset = reset & (jnp.arange(length) < lengths[:, None])
+        memory = Memory(*(clear(x, reset[:, 0]) for x in memory))
+    inputs = Inputs(q_BLHN, k_BLHN, v_BLHP, jnp.asarray(log_decay_H, wide), memory, reset, lengths)
+    chunk_size = min(chunk_size or default_chunk_size(keys, values), length)
+    if score_normaliser is not None:
+        _check_whole(score_normaliser, state)
+    if implementation == "reference":
+        y, memory = reference(inputs, chunk_size=chunk_size)
+    else:
+        y, memory = _differentiable(chunk_size, implementation, inputs)
+    return (y if score_normaliser is None else whole(inputs, score_normaliser)), memory
+
+
+def _check_whole(score_normaliser: str, state: Memory | None) -> None:
+    if score_normaliser not in ("abs_sum", "sum_abs"):
+        raise ValueError(f"score_normaliser is {score_normaliser!r}; it must be None, 'abs_sum' or 'sum_abs'")
+    if state is not None:
+        raise ValueError(
+            f"score_normaliser {score_normaliser!r} divides by a sum over the whole sequence and cannot go on from a state; "
+            "use score_normaliser=None, the exact form"
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(chunk_size: int, implementation: str | None, inputs: Inputs) -> tuple[Array, Memory]:
+    return dispatch.call("retention", implementation, inputs, chunk_size=chunk_size)
+
+
+def _forward(chunk_size: int, implementation: str | None, inputs: Inputs) -> tuple[tuple[Array, Memory], Inputs]:
+    return _differentiable(chunk_size, implementation, inputs), inputs
+
+
+def _backward(
+    chunk_size: int, implementation: str | None, inputs: Inputs, cotangents: tuple[Array, Memory]
+) -> tuple[Any]:
+    dy_BLHP, dmemory = cotangents
+    gradients = dispatch.call(
+        "retention_backward", implementation, inputs, dy_BLHP, dmemory.kv_BHNP, chunk_size=chunk_size
+    )
+    dq, dk, dv, dkv = gradients
+    return (Inputs(dq, dk, dv, jnp.zeros_like(inputs.log_decay_H), Memory(dkv, None), None, None),)
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,56 @@
+"""Retention in plain JAX: chunked linear attention for sequences, the recurrence itself for one token."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ssm_jax.ops.linear_attention import linear_attention
+from ssm_jax.ops.retention.inputs import Inputs, Memory, places, scale, tokens_after
+
+
+def forward(inputs: Inputs, *, chunk_size: int) -> tuple[Array, Memory]:
+    """y_BLHP and the last memory."""
+    v, state = inputs.v_BLHP, inputs.memory.kv_BHNP
+    places_BL = places(inputs)
+    y, kv = _one_token(inputs) if v.shape[1] == 1 else _chunks(inputs, chunk_size)
+    y = y * scale(places_BL, inputs.log_decay_H)[..., None].astype(state.dtype)
+    return y.astype(v.dtype), Memory(kv, tokens_after(inputs, places_BL))
+
+
+def backward(inputs: Inputs, dy_BLHP: Array, dkv_BHNP: Array, *, chunk_size: int) -> tuple[Array, Array, Array, Array]:
+    """The gradients of q, k, v and the state."""
+
+    def run(q: Array, k: Array, v: Array, kv: Array) -> tuple[Array, Array]:
+        memory = inputs.memory._replace(kv_BHNP=kv)
+        y, last = forward(inputs._replace(q_BLHN=q, k_BLHN=k, v_BLHP=v, memory=memory), chunk_size=chunk_size)
+        return y, last.kv_BHNP
+
+    _, pullback = jax.vjp(run, inputs.q_BLHN, inputs.k_BLHN, inputs.v_BLHP, inputs.memory.kv_BHNP)
+    return pullback((dy_BLHP, dkv_BHNP))
+
+
+def _chunks(inputs: Inputs, chunk_size: int) -> tuple[Array, Array]:
+    dtype = inputs.memory.kv_BHNP.dtype
+    batch, length, heads, _ = inputs.v_BLHP.shape
+    gain, log_decay = jnp.ones((batch, length, heads), dtype), inputs.log_decay_H
+    if inputs.lengths_B is not None:
+        gain = jnp.where((jnp.arange(length) < inputs.lengths_B[:, None])[..., None], gain, 0)
+    return linear_attention(
+        inputs.q_BLHN,
+        inputs.k_BLHN,
+        inputs.v_BLHP,
+        gain,
+        gain * log_decay,
+        inputs.memory.kv_BHNP,
+        inputs.reset_BL,
+        chunk_size,
+    )
+
+
+def _one_token(inputs: Inputs) -> tuple[Array, Array]:
+    kv = inputs.memory.kv_BHNP
+    q, k, v = (x[:, 0].astype(kv.dtype) for x in (inputs.q_BLHN, inputs.k_BLHN, inputs.v_BLHP))
+    after = jnp.exp(inputs.log_decay_H)[:, None, None] * kv + k[..., :, None] * v[..., None, :]
+    if inputs.lengths_B is not None:
+        after = jnp.where((inputs.lengths_B > 0)[:, None, None, None], after, kv)
+    return jnp.einsum("bhn,bhnp->bhp", q, after)[:, None], after
