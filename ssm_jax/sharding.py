@@ -47,21 +47,22 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 _LAYER = r"layers/(members_\d+/)?"
 _MIXER = _LAYER + r"mixer/"
+_FUSION = _MIXER + r"(k_fusion|v_fusion)/"
 PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"embed_position/embedding", (None, "embed")),
     (r"head/kernel", ("embed", "vocab")),
-    (r"norm_f/(scale|bias)", ("norm",)),
+    (r"(norm_f|norm_embed)/(scale|bias)", ("norm",)),
     (_LAYER + r"(norm|mlp_norm)/(scale|bias)", ("layers", "norm")),
-    (_LAYER + r"mlp/up_proj/kernel", ("layers", "embed", "inner")),
-    (_LAYER + r"mlp/up_proj/bias", ("layers", "inner")),
+    (_LAYER + r"mlp/(gate_proj|up_proj)/kernel", ("layers", "embed", "inner")),
+    (_LAYER + r"mlp/(gate_proj|up_proj)/bias", ("layers", "inner")),
     (_LAYER + r"mlp/down_proj/kernel", ("layers", "inner", "embed")),
     (_LAYER + r"mlp/down_proj/bias", ("layers", "norm")),
     (_MIXER + r"in_proj/kernel", ("layers", "embed", None, "inner")),
     (_MIXER + r"in_proj/bias", ("layers", None, "inner")),
     (_MIXER + r"out_proj/kernel", ("layers", "inner", "embed")),
     (_MIXER + r"out_proj/bias", ("layers", "norm")),
-    (_MIXER + r"(q_proj|k_proj|v_proj)/kernel", ("layers", "embed", "heads", "head_dim")),
+    (_MIXER + r"(q_proj|k_proj|v_proj|g_proj)/kernel", ("layers", "embed", "heads", "head_dim")),
     (_MIXER + r"(q_proj|k_proj|v_proj)/bias", ("layers", "heads", "head_dim")),
     (_MIXER + r"out_proj/kernel", ("layers", "heads", "head_dim", "embed")),
     (_MIXER + r"(conv|conv_x)/kernel", ("layers", "taps", "inner")),
@@ -78,6 +79,11 @@ PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (_MIXER + r"(dt_bias|D|A_log)", ("layers", "inner")),
     (_MIXER + r"A_log", ("layers", "inner", "state")),
     (_MIXER + r"norm/scale", ("layers", "inner")),
+    (_MIXER + r"head_norm/scale", ("layers", "head_dim")),
+    (_FUSION + r"gate/down/kernel", ("layers", "embed", "bottleneck")),
+    (_FUSION + r"gate/up/kernel", ("layers", "bottleneck", "heads", "head_dim")),
+    (_FUSION + r"source_\d+/kernel", ("layers", None, None, "heads", "head_dim")),
+    (_FUSION + r"norm/scale", ("layers", "heads", "head_dim")),
     (_MIXER + r"(u_proj|v_proj)/kernel", ("layers", "embed", "inner")),
     (_MIXER + r"gate_proj/kernel", ("layers", "bottleneck", "inner")),
     (_MIXER + r"dss_norm/(scale|bias)", ("layers", "inner")),

@@ -1,21 +1,25 @@
 """Language models: ``build``, the families and the published sizes."""
 
 from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
+from ssm_jax.models.dense_retnet import DenseRetNetConfig
 from ssm_jax.models.gpt2 import GPT2Config
 from ssm_jax.models.gss import GSSConfig
 from ssm_jax.models.lm import LanguageModel
 from ssm_jax.models.mamba import MambaConfig
 from ssm_jax.models.mamba2 import Mamba2Config
 from ssm_jax.models.registry import FAMILIES, PRESETS, config_from_dict, config_to_dict
+from ssm_jax.models.retnet import RetNetConfig
 
 __all__ = [
     "FAMILIES",
     "PRESETS",
+    "DenseRetNetConfig",
     "GPT2Config",
     "GSSConfig",
     "LanguageModel",
     "Mamba2Config",
     "MambaConfig",
+    "RetNetConfig",
     "build",
     "config_from_dict",
     "config_to_dict",

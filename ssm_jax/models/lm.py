@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from ssm_jax.models import registry
 from ssm_jax.models.inputs import check_inputs, check_length
-from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
+from ssm_jax.nn.dense import enter, leave
 from ssm_jax.nn.state import LMState, stack_layers
 from ssm_jax.typing import Activations, Params, Positions, Tokens
 
@@ -39,12 +39,13 @@ class LanguageModel(nn.Module):
         table: dict[str, Any] = {
             "dtype": jnp.float32 if config.residual_in_fp32 else dtype,
             "param_dtype": param_dtype,
-            "embedding_init": nn.initializers.normal(family.embedding_std),
+            "embedding_init": nn.initializers.normal(family.embedding_std(config)),
         }
         self.embed = nn.Embed(config.padded_vocab_size, config.d_model, **table)
         limit = family.context_limit(config)
         if limit is not None:
             self.embed_position = nn.Embed(limit, config.d_model, **table)
+        self.norm_embed = family.embedding_norm(config)
         self.layers = family.layer(config)
         self.norm_f = family.final_norm(config)
         if not config.tie_embeddings:
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module):
                 use_bias=False,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                kernel_init=initializers.torch_linear,
+                kernel_init=family.head_init,
                 dot_general=_float32_dot,
             )
 
@@ -122,10 +123,11 @@ class LanguageModel(nn.Module):
         layer = registry.family_of(self.config).layer(self.config)
         h_BLD, position_B = self._embedded(tokens, state, None)
         states = []
+        stream = enter(layer, h_BLD)
         for params, layer_state in zip(layers, state.layers, strict=True):
-            h_BLD, layer_state = layer.apply({"params": params}, h_BLD, layer_state, None)
+            stream, layer_state = layer.apply({"params": params}, stream, layer_state, None)
             states.append(layer_state)
-        return self._normed(h_BLD), LMState(layers=tuple(states), position=position_B)
+        return self._normed(leave(stream)), LMState(layers=tuple(states), position=position_B)
 
     def _embedded(
         self, tokens: Tokens, state: LMState | None, positions: Positions | None
@@ -134,9 +136,15 @@ class LanguageModel(nn.Module):
         batch, length = tokens.shape
         rows = self.config.padded_vocab_size
         known = (tokens >= 0) & (tokens < rows)
+        family = registry.family_of(self.config)
         h_BLD = self.embed(jnp.where(known, tokens, rows))
+        scale = family.embedding_scale(self.config)
+        if scale != 1:
+            h_BLD = h_BLD * scale
+        if self.norm_embed is not None:
+            h_BLD = self.norm_embed(h_BLD).astype(h_BLD.dtype)
         start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
-        if registry.family_of(self.config).context_limit(self.config) is not None:
+        if family.context_limit(self.config) is not None:
             place_BL = positions_lib.resolve(start_B, length, positions)
             h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
         return h_BLD, positions_lib.next_positions(start_B, length, positions)

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
+from flax.typing import Initializer
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import gpt2, gss, mamba, mamba2
+from ssm_jax.models import dense_retnet, gpt2, gss, mamba, mamba2, retnet
 from ssm_jax.models.common import layer_norm, rms_norm
+from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
 
 
@@ -19,7 +21,9 @@ class Family:
 
     config: its frozen dataclass. layer: the unit that is stacked and scanned, ``repeats`` times. presets: name -> config fields.
     flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
-    final_norm: what stands between the last layer and the head; None for nothing. embedding_std: of the new token table.
+    final_norm: what stands between the last layer and the head; None for nothing.
+    embedding_std: config -> that of the new token table. embedding_scale: what token vectors are multiplied with.
+    embedding_norm: what follows; None for nothing. head_init: initialiser of an untied head.
     context_limit: rows of the table of learned positions, which no document may exceed; None where there is none.
     derive: (config, params, length, documents) -> params with more leaves, which follow from them alone and which the layers use
         in their place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for
@@ -33,7 +37,10 @@ class Family:
     flops_per_token: Callable[[Any, int], float]
     repeats: Callable[[Any], int] = lambda config: int(config.n_layers)
     final_norm: Callable[[Any], nn.Module | None] = rms_norm
-    embedding_std: float = 0.02
+    embedding_std: Callable[[Any], float] = lambda config: 0.02
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    embedding_norm: Callable[[Any], nn.Module | None] = lambda config: None
+    head_init: Initializer = initializers.torch_linear
     context_limit: Callable[[Any], int | None] = lambda config: None
     derive: Callable[[Any, Params, int | None, bool], Params] = lambda config, params, length, documents: params
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -49,9 +56,27 @@ FAMILIES: dict[str, Family] = {
         gss.flops_per_token,
         repeats=gss.repeats,
         final_norm=gss.final_norm,
-        embedding_std=1.0,
+        embedding_std=lambda config: 1.0,
         derive=gss.derive,
         aliases=gss.ALIASES,
+    ),
+    "retnet": Family(
+        retnet.RetNetConfig,
+        retnet.layer,
+        retnet.PRESETS,
+        retnet.flops_per_token,
+        final_norm=retnet.final_norm,
+        embedding_std=lambda config: float(config.d_model**-0.5),
+        embedding_scale=retnet.embedding_scale,
+        embedding_norm=retnet.embedding_norm,
+        head_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+    ),
+    "dense_retnet": Family(
+        dense_retnet.DenseRetNetConfig,
+        dense_retnet.layer,
+        dense_retnet.PRESETS,
+        dense_retnet.flops_per_token,
+        head_init=nn.initializers.normal(0.02),
     ),
     "gpt2": Family(
         gpt2.GPT2Config,

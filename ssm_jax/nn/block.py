@@ -3,9 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from ssm_jax.nn.dense import enter, leave
 from ssm_jax.typing import Activations, Positions, PyTree
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -53,8 +53,8 @@ def scan_layers(
     for speed and changes nothing else.
     """
 
-    def body(module: nn.Module, h: jnp.ndarray, layer_state: PyTree) -> tuple[jnp.ndarray, PyTree]:
-        return module(h, layer_state, positions, deterministic)
+    def body(module: nn.Module, stream: PyTree, layer_state: PyTree) -> tuple[PyTree, PyTree]:
+        return module(stream, layer_state, positions, deterministic)
 
     if remat != "none":
         body = nn.remat(body, prevent_cse=False, policy=REMAT_POLICIES[remat])
@@ -67,4 +67,5 @@ def scan_layers(
         length=n_layers,
         unroll=unroll,
     )
-    return scan(layer, h_BLD, state)
+    stream, state = scan(layer, enter(layer, h_BLD), state)
+    return leave(stream), state

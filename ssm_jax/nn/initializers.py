@@ -21,6 +21,11 @@ def scaled_torch_linear(scale: float) -> Initializer:
     return nn.initializers.variance_scaling(scale * scale / 3.0, "fan_in", "uniform")
 
 
+def xavier_uniform(gain: float) -> Initializer:
+    """Uniform(+-gain sqrt(6 / (fan_in + fan_out))), as ``torch.nn.init.xavier_uniform_``."""
+    return nn.initializers.variance_scaling(gain * gain, "fan_avg", "uniform")
+
+
 def uniform(bound: float) -> Initializer:
     """Uniform(-bound, bound)."""
 

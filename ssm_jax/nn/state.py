@@ -82,6 +82,19 @@ class AttentionState:
 
 
 @struct.dataclass
+class RetentionState:
+    """State of a retention layer.
+
+    kv: the decayed sum of keys times values, not normalised, float32 [B, H, N, P].
+    position: number of tokens read of the current document, int32 [B].
+    """
+
+    kv: Any
+    position: Any
+    AXES: ClassVar[dict[str, Axes]] = {"kv": ("batch", "heads", "state", "head_dim"), "position": ("batch",)}
+
+
+@struct.dataclass
 class LMState:
     """State of a language model.
 

@@ -114,7 +114,10 @@ def _backward(
         "retention_backward", implementation, inputs, dy_BLHP, dmemory.kv_BHNP, chunk_size=chunk_size
     )
     dq, dk, dv, dkv = gradients
-    return (Inputs(dq, dk, dv, jnp.zeros_like(inputs.log_decay_H), Memory(dkv, None), None, None),)
+    dmemory = Memory(dkv, None)  # type: ignore[arg-type]  # a count of tokens has no gradient
+    return (Inputs(dq, dk, dv, jnp.zeros_like(inputs.log_decay_H), dmemory, None, None),)
 
 
 _differentiable.defvjp(_forward, _backward)
+
+__all__ = ["Memory", "retention"]

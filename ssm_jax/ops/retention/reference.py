@@ -1,4 +1,4 @@
-"""Retention one token after the other, as the recurrent form of the paper (section 2.2): the oracle. Float64 in, float64 throughout."""
+"""Retention one token after the other (paper, section 2.2): the oracle. Float64 in, float64 throughout."""
 
 import jax.numpy as jnp
 from jax import Array, lax
