@@ -1,6 +1,7 @@
 """Language models: ``build``, the families and the published sizes."""
 
 from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
+from ssm_jax.models.dense_mamba import DenseMambaConfig
 from ssm_jax.models.dense_retnet import DenseRetNetConfig
 from ssm_jax.models.gpt2 import GPT2Config
 from ssm_jax.models.gss import GSSConfig
@@ -13,6 +14,7 @@ from ssm_jax.models.retnet import RetNetConfig
 __all__ = [
     "FAMILIES",
     "PRESETS",
+    "DenseMambaConfig",
     "DenseRetNetConfig",
     "GPT2Config",
     "GSSConfig",

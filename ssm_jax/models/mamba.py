@@ -67,7 +67,12 @@ class MambaConfig:
 
 def layer(config: MambaConfig) -> Block:
     """The repeating unit: h + Mamba(RMSNorm(h))."""
-    mixer = Mamba(
+    return Block(norm=rms_norm(config), mixer=mixer(config), dropout=config.dropout)
+
+
+def mixer(config: MambaConfig, **dense: Any) -> Mamba:
+    """The mixer of a layer; ``dense``: what it needs to fuse hidden states."""
+    return Mamba(
         d_inner=config.d_inner,
         dt_rank=config.dt_rank_resolved,
         d_state=config.d_state,
@@ -81,9 +86,9 @@ def layer(config: MambaConfig) -> Block:
         dt_scale=config.dt_scale,
         out_init_scale=config.n_layers**-0.5,
         chunk_size=config.chunk_size,
+        **dense,
         **kinds(config),
     )
-    return Block(norm=rms_norm(config), mixer=mixer, dropout=config.dropout)
 
 
 def flops_per_token(config: MambaConfig, context: int) -> float:

@@ -9,7 +9,7 @@ from flax.typing import Initializer
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import dense_retnet, gpt2, gss, mamba, mamba2, retnet
+from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gss, mamba, mamba2, retnet
 from ssm_jax.models.common import layer_norm, rms_norm
 from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
@@ -49,6 +49,9 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "mamba": Family(mamba.MambaConfig, mamba.layer, mamba.PRESETS, mamba.flops_per_token),
     "mamba2": Family(mamba2.Mamba2Config, mamba2.layer, mamba2.PRESETS, mamba2.flops_per_token),
+    "dense_mamba": Family(
+        dense_mamba.DenseMambaConfig, dense_mamba.layer, dense_mamba.PRESETS, dense_mamba.flops_per_token
+    ),
     "gss": Family(
         gss.GSSConfig,
         gss.layer,
