@@ -56,6 +56,7 @@ PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (_LAYER + r"(norm|mlp_norm)/(scale|bias)", ("layers", "norm")),
     (_LAYER + r"mlp/(gate_proj|up_proj)/kernel", ("layers", "embed", "inner")),
     (_LAYER + r"mlp/(gate_proj|up_proj)/bias", ("layers", "inner")),
+    (_LAYER + r"mlp/norm/(scale|bias)", ("layers", "inner")),
     (_LAYER + r"mlp/down_proj/kernel", ("layers", "inner", "embed")),
     (_LAYER + r"mlp/down_proj/bias", ("layers", "norm")),
     (_MIXER + r"in_proj/kernel", ("layers", "embed", None, "inner")),

@@ -40,7 +40,7 @@ def report(
 
 
 def _shapes(layout: Layout, model: LanguageModel, params: Params) -> dict[str, list[int]]:
-    shapes = {name: list(shape) for name, shape in published_shapes(layout.tensors, params).items()}
+    shapes = {name: list(shape) for name, shape in published_shapes(layout.tensors_of(model.config), params).items()}
     if layout.stores_tied_head and model.config.tie_embeddings:
         shapes[layout.head] = shapes[layout.embedding]
     return {layout.spelling(model.config, name): shape for name, shape in shapes.items()}

@@ -1,6 +1,7 @@
 """From a folder of weights to a model and its parameters, and back."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def from_pretrained(
     abstract = abstract_params(source.model)
     place = _placer(abstract, shardings)
     try:
-        return source.model, to_params(source.layout.tensors, source.tensors, abstract, place)
+        return source.model, to_params(source.layout.tensors_of(source.model.config), source.tensors, abstract, place)
     except LayoutError as error:
         read_as = f"{source.layout.family} in the layout {source.layout.name!r}"
         corrected = f" with {OURS}" if (path / OURS).is_file() else ""
@@ -99,8 +100,10 @@ def open_folder(path: Path, **config_overrides: Any) -> Source:
     fields |= layout.infer(fields, tensors)
     tied, wanted = fields["tie_embeddings"], config_overrides.get("tie_embeddings")
     fields["tie_embeddings"], tensors = _resolve_head(path, layout, tied, wanted, tensors)
-    config = config_from_dict({"family": layout.family, **fields})
-    return Source(layout, build(config, **config_overrides), tensors)
+    model = build(config_from_dict({"family": layout.family, **fields}), **config_overrides)
+    for name in layout.buffers(model.config):
+        tensors.pop(name, None)
+    return Source(layout, model, tensors)
 
 
 def save_pretrained(
@@ -235,7 +238,9 @@ def _published_tensors(row: Layout, model: LanguageModel, params: Params) -> dic
             there = f"has shape {shapes[name]}" if name in shapes else "is missing"
             wanted = f"wants {expected[name].shape}" if name in expected else "has no such parameter"
             raise LayoutError(f"the parameter {name!r} {there}, the model {wanted}; pass the model's own parameters.")
-    tensors = to_tensors(row.tensors, params)
+    tensors = to_tensors(row.tensors_of(model.config), params)
+    for name, values in row.buffers(model.config).items():
+        tensors[name] = Tensor(values.shape, values.dtype, functools.partial(np.asarray, values))
     if row.stores_tied_head and model.config.tie_embeddings:
         tensors[row.head] = tensors[row.embedding]
     return {row.spelling(model.config, name): tensor for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, require, require_rate, rms_norm, round_up
+from ssm_jax.models.common import kinds, layer_norm, require, require_rate, rms_norm, round_up
 from ssm_jax.nn import initializers
 from ssm_jax.nn.gated_mlp import GatedMLP
 from ssm_jax.nn.mixers import Retention
@@ -22,6 +22,7 @@ class RetNetConfig:
         d_value: of all heads together. d_mlp: between the two layers of the perceptron.
         decay: "powers": gamma_h = 1 - 2^(-5-h); "log_spaced": 1 - gamma from 1/32 to 1/512 (syncdoth's use_lm_decay).
         mlp: "glu": (f(x W) * x V) W_2; "plain": f(x W + b) W_2 + b. activation: f.
+        mlp_norm: of the plain perceptron's inner layer (syncdoth's subln): "layer", "rms" or None.
         post_norm: norms after the residual sums, and none before the head. deepnorm: residual streams times (2 layers)^(1/4).
         embedding_scale: token vectors times sqrt(d_model). embedding_norm: a norm after them.
         rotary, norm_scale: "interleaved" and False as published; "halves" and True in flash-linear-attention.
@@ -38,6 +39,7 @@ class RetNetConfig:
     d_mlp: int
     decay: Literal["powers", "log_spaced"] = "powers"
     mlp: Literal["glu", "plain"] = "glu"
+    mlp_norm: Literal["layer", "rms"] | None = None
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
     post_norm: bool = False
     deepnorm: bool = False
@@ -61,6 +63,8 @@ class RetNetConfig:
         require_rate(self.dropout)
         require(self, "vocab_size", "d_model", "n_layers", "n_heads", "d_value", "d_mlp", "pad_vocab_size_multiple")
         require_head_widths(self.n_heads, d_model=self.d_model, d_value=self.d_value)
+        if self.mlp_norm and self.mlp != "plain":
+            raise ValueError(f"mlp_norm is {self.mlp_norm!r}, which only the plain perceptron has; set mlp to 'plain'")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -99,11 +103,12 @@ def layer(config: RetNetConfig) -> TransformerBlock:
         **kinds(config),
     )
     smaller = initializers.scaled_torch_linear(beta)
+    inner_norm = {"layer": layer_norm, "rms": rms_norm}[config.mlp_norm](config) if config.mlp_norm else None
     shape: dict[str, Any] = {"width": config.d_mlp, "activation": config.activation, **kinds(config)}
     mlp: nn.Module = (
         GatedMLP(gate_init=smaller, out_init=smaller, **shape)
         if config.mlp == "glu"
-        else MLP(kernel_init=smaller, out_init=smaller, **shape)
+        else MLP(norm=inner_norm, kernel_init=smaller, out_init=smaller, **shape)
     )
     return TransformerBlock(
         norm=rms_norm(config),

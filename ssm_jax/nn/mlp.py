@@ -22,16 +22,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """activation(x W_up + b) W_down + b.
+    """norm(activation(x W_up + b)) W_down + b.
 
     Attributes:
         width: of the layer between. activation: a key of ``ACTIVATIONS``.
+        norm: of the layer between; None for nothing.
         kernel_init, out_init: initialisers of ``up_proj`` and ``down_proj``.
     """
 
     width: int
     activation: str = "gelu"
     bias: bool = True
+    norm: nn.Module | None = None
     kernel_init: Initializer = initializers.torch_linear
     out_init: Initializer = initializers.torch_linear
     dtype: Dtype = jnp.float32
@@ -42,4 +44,6 @@ class MLP(nn.Module):
         kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
         hidden = ACTIVATIONS[self.activation](hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down_proj", **kinds)(hidden)

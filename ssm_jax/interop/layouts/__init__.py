@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import gpt2, gss, mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts import dense_ssm, gpt2, gss, mamba_ssm, mistral, retnet, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -22,6 +22,10 @@ LAYOUTS: tuple[Layout, ...] = (
     mistral.MAMBA2,
     gss.PACKAGE,
     gss.PUBLISHED,
+    retnet.SYNCDOTH,
+    retnet.TORCHSCALE,
+    dense_ssm.HUB,
+    dense_ssm.GITHUB,
     gpt2.TRANSFORMERS,
     gpt2.OPENAI,
 )

@@ -25,6 +25,8 @@ class Layout:
     write_files: (our config, type of the stored weights, special token ids) -> file name -> JSON, every field explicit;
         raises LayoutError for what the format cannot say. None: the layout is only read.
     tensors: published names and how they are made of our leaves.
+    variants: our config -> entries that stand in the place of those in ``tensors`` for this model.
+    buffers: our config -> tensors that are no parameters, which the original stores: written, and dropped when read.
     aliases: other spellings of published names, old -> the one in ``tensors``.
     rename: the same for spellings that follow a rule; None for a tensor that is no parameter. Comes before ``aliases``.
     spelling: (our config, name in ``tensors``) -> the name to write, where it depends on the model.
@@ -59,3 +61,9 @@ class Layout:
     rename: Callable[[str], str | None] = lambda name: name
     spelling: Callable[[Any, str], str] = lambda config, name: name
     infer: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]] = lambda fields, tensors: {}
+    variants: Callable[[Any], TensorMap] = lambda config: {}
+    buffers: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+
+    def tensors_of(self, config: Any) -> TensorMap:
+        """``tensors`` for a model with this config."""
+        return {**self.tensors, **self.variants(config)}
