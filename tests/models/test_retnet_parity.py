@@ -107,7 +107,8 @@ def test_recurrent_logits_and_caches(case: str, folder: Path) -> None:
         sums = np.expm1(np.asarray(last.position)[:, None] * decays) / np.expm1(decays)
         for layer in range(len(last.layers.kv)):
             kv = np.swapaxes(np.asarray(last.layers.kv[layer]), 2, 3) / np.sqrt(sums)[:, :, None, None]
-            assert_close(kv, io[f"{published[0]}.{layer}.prev_key_value"], CACHES)
+            lanes = real(case).all(axis=1)  # the originals turn keys by places that count the pads
+            assert_close(kv[lanes], io[f"{published[0]}.{layer}.prev_key_value"][lanes], CACHES)
             scale = np.broadcast_to(io[f"{published[0]}.{layer}.scale"].reshape(-1, sums.shape[1]), sums.shape)
             assert_close(sums / scale, np.ones_like(sums), 1e-5)
 
