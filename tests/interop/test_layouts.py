@@ -203,6 +203,25 @@ WRITTEN: dict[str, dict[str, Any]] = {
         **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3},
         **{"n_positions": 77, "d_mlp": 40, "activation": "relu", "norm_eps": 1e-3, "dropout": 0.25},
     },
+    "dense_mamba": _MAMBAS
+    | {"dt_rank": 5, "dense_layers": 3, "gate": None, "gate_ratio": 8, "projection": "linear", "tie_embeddings": False},
+    "retnet": {
+        **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_value": 66},
+        **{"d_mlp": 40, "activation": "relu", "post_norm": True, "deepnorm": True, "embedding_scale": True},
+        **{"embedding_norm": True, "norm_eps": 1e-3, "dropout": 0.25},
+        **{"score_normaliser": "abs_sum", "trained_normaliser": "abs_sum"},
+    },
+    "dense_retnet": {
+        **{
+            "vocab_size": 100,
+            "pad_vocab_size_multiple": 16,
+            "d_model": 64,
+            "n_layers": 5,
+            "n_heads": 4,
+            "dense_layers": 3,
+        },
+        **{"norm_eps": 1e-3, "dropout": 0.25, "score_normaliser": "abs_sum", "trained_normaliser": "abs_sum"},
+    },
     "gss": {
         **{
             "vocab_size": 100,
@@ -217,8 +236,14 @@ WRITTEN: dict[str, dict[str, Any]] = {
 }
 """Family -> fields of a config, none at its default."""
 _NOT_OF_THE_PACKAGE = {"final_norm", "tie_embeddings", "init", "memory", "accurate"}
+_RETENTION = {"pad_vocab_size_multiple", "trained_normaliser"}
 KEPT_BY_US = {
     "transformers": {"A_init_range", "pad_vocab_size_multiple"},
+    "dense_mamba": {"pad_vocab_size_multiple"},
+    "syncdoth": _RETENTION,
+    "torchscale": _RETENTION | {"score_normaliser"},
+    "dense_ssm_hub": _RETENTION,
+    "dense_ssm": _RETENTION | {"score_normaliser"},
     "mamba_ssm": set(),
     "gated_state_spaces": _NOT_OF_THE_PACKAGE,
     "naxalpha": _NOT_OF_THE_PACKAGE,
@@ -246,6 +271,12 @@ def test_a_written_config_reads_back_as_the_model(row: Any) -> None:
 EXTREMES: dict[str, list[dict[str, Any]]] = {
     "mamba": [{"bias": True, "tie_embeddings": False}, {"bias": False, "tie_embeddings": True}],
     "mamba2": [{"bias": True, "tie_embeddings": False}, {"bias": False, "tie_embeddings": True}],
+    "dense_mamba": [{"bias": True, "tie_embeddings": False, "projection": "linear"}, {"gate": "state"}],
+    "retnet": [
+        {"n_heads": 2, "d_value": 128, "d_mlp": 96, "embedding_norm": True},
+        {"n_heads": 2, "d_value": 128, "d_mlp": 96, "mlp": "plain", "mlp_norm": "layer", "tie_embeddings": True},
+    ],
+    "dense_retnet": [{"n_heads": 4}, {"n_heads": 2, "tie_embeddings": True}],
     "gss": [{"final_norm": True}, {"tie_embeddings": True}],
     "gpt2": [{"n_heads": 4, "d_mlp": 24, "tie_embeddings": False}, {"n_heads": 2}],
 }
@@ -259,7 +290,7 @@ def test_every_leaf_of_every_family_has_a_place_in_every_layout(row: Any) -> Non
             continue  # the format is always tied
         model = ssm_jax.build(row.family, vocab_size=16, d_model=64, n_layers=2, **fields)
         params = random_params(model)
-        published = to_tensors(row.tensors, params)
+        published = to_tensors(row.tensors_of(model.config), params)
         assert sum(int(np.prod(t.shape)) for t in published.values()) == ssm_jax.count_parameters(model.config)
         for name, tensor in published.items():
             assert tensor.load().shape == tensor.shape, name
