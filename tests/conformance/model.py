@@ -51,18 +51,31 @@ def _tokens(config: Any, batch: int, length: int, seed: int = 2) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
 
+EVERY_CONFIG = (
+    "split_anywhere",
+    "packed_documents",
+    "absent_tokens",
+    "every_parameter",
+    "sharded_equals",
+    "export_then_import",
+    "greedy_generation",
+)
+"""Parts of the names of tests that the default run makes with every config; the others it makes with the first."""
+
+
 class ModelConformance:
-    """Subclass as ``class TestX(ModelConformance)`` with ``configs``: id -> config.
+    """Subclass as ``class TestX(ModelConformance)`` with ``configs``: id -> config; the first is tested most in the default run.
 
     ``tolerance`` bounds differences of logits (of size about 1 to 10) between forms that are equal in exact arithmetic;
-    ``layouts`` are the export layouts that can hold every config. ``meshes`` are (data, fsdp, tensor). ``ineffective`` are ends of
-    paths of parameters that change no logit in exact arithmetic, so that their gradients are rounding errors.
+    ``layouts`` are the export layouts that can hold every config. ``meshes`` are (data, fsdp, tensor), and all but the first, which
+    splits every axis at once, are slow. ``ineffective`` are ends of paths of parameters that change no logit in exact arithmetic:
+    their gradients are rounding errors.
     """
 
     configs: dict[str, Any]
     layouts: tuple[str, ...] = ()
     tolerance = 2e-5
-    meshes = ((8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2))
+    meshes = ((2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 2))
     ineffective: tuple[str, ...] = ()
 
     @pytest.fixture
@@ -71,7 +84,12 @@ class ModelConformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "model" in metafunc.fixturenames:
-            metafunc.parametrize("model", self.configs, indirect=True)
+            everywhere = any(part in metafunc.function.__name__ for part in EVERY_CONFIG)
+            first = next(iter(self.configs))
+            marks = {name: () if everywhere or name == first else pytest.mark.slow for name in self.configs}
+            metafunc.parametrize(
+                "model", [pytest.param(name, marks=marks[name], id=name) for name in self.configs], indirect=True
+            )
 
     @pytest.mark.parametrize("pieces", SPLITS.values(), ids=SPLITS)
     def test_split_anywhere_equals_whole(self, model: LanguageModel, pieces: tuple[int, ...]) -> None:
@@ -244,7 +262,14 @@ class ModelConformance:
         expected, _ = _apply(model, {"params": params}, tokens)
         assert_close(module(tokens)[0], expected, self.tolerance)
 
-    def test_sharded_equals_unsharded(self, model: LanguageModel, subtests: pytest.Subtests) -> None:
+    def test_sharded_equals_unsharded(self, model: LanguageModel) -> None:
+        self._compare_sharded(model, self.meshes[:1])
+
+    @pytest.mark.slow
+    def test_sharded_along_one_axis_equals_unsharded(self, model: LanguageModel) -> None:
+        self._compare_sharded(model, self.meshes[1:])
+
+    def _compare_sharded(self, model: LanguageModel, meshes: tuple[tuple[int, int, int], ...]) -> None:
         tokens = _tokens(model.config, 8, 16)
         variables = _variables(model)
 
@@ -252,21 +277,19 @@ class ModelConformance:
             logits, state = model.apply(variables, tokens)
             return _pseudo_loss(logits, tokens), state
 
-        (expected, expected_state), expected_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            variables, tokens
-        )
-        for data, fsdp, tensor in self.meshes:
-            with subtests.test(data=data, fsdp=fsdp, tensor=tensor):
-                mesh = sharding.make_mesh(
-                    sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor]
-                )
-                with jax.set_mesh(mesh):
-                    placed = jax.device_put(variables, sharding.shardings(variables, mesh))
-                    rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-                    (value, state), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(placed, rows)
-                assert_close(value, expected, 1e-5)
-                assert_trees_close(state, expected_state, self.tolerance)
-                assert_gradients_close(gradients, expected_gradients, 1e-4, self.ineffective)
+        evaluate = jax.value_and_grad(loss, has_aux=True)
+        (expected, expected_state), expected_gradients = jax.jit(evaluate)(variables, tokens)
+        for data, fsdp, tensor in meshes:
+            mesh = sharding.make_mesh(
+                sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor]
+            )
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(variables, sharding.shardings(variables, mesh))
+                rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+                (value, state), gradients = jax.jit(evaluate)(placed, rows)
+            assert_close(value, expected, 1e-5)
+            assert_trees_close(state, expected_state, self.tolerance)
+            assert_gradients_close(gradients, expected_gradients, 1e-4, self.ineffective)
 
     def test_export_then_import_is_bit_identical(
         self, model: LanguageModel, tmp_path: Any, subtests: pytest.Subtests

@@ -24,7 +24,6 @@ class TestDenseMamba(ModelConformance):
             **{**TINY, "n_layers": 2}, dense_layers=1, gate="state", projection="linear", tie_embeddings=False
         ),
     }
-    meshes = ((2, 2, 2),)
     tolerance = 5e-5
 
 

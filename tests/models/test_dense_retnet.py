@@ -30,7 +30,6 @@ class TestDenseRetNet(ModelConformance):
             **{**TINY, "n_layers": 2}, **GATES, dense_layers=3, gate=False, projection="linear", tie_embeddings=True
         ),
     }
-    meshes = ((2, 2, 2),)
     tolerance = 5e-5
 
 

@@ -35,7 +35,6 @@ class TestRetNet(ModelConformance):
         ),
         "halves_with_scale": RetNetConfig(**TINY, rotary="halves", norm_scale=True, chunk_size=8),
     }
-    meshes = ((2, 2, 2),)
     # A norm per head takes the size of keys and values out again, but for its epsilon.
     tolerance = 5e-5
 

@@ -94,9 +94,9 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch() -> None:
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("mamba", {"data": 8}),
-        ("mamba", {"data": 1, "fsdp": 8}),
-        ("mamba", {"data": 1, "tensor": 8}),
+        pytest.param("mamba", {"data": 8}, marks=pytest.mark.slow),
+        pytest.param("mamba", {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param("mamba", {"data": 1, "tensor": 8}, marks=pytest.mark.slow),
         ("mamba", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("mamba2", {"data": 2, "fsdp": 2, "tensor": 2}),
     ],

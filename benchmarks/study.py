@@ -1,0 +1,96 @@
+"""A controlled study: the same run for several models and seeds, one after another, and a table of what came out.
+
+    python -m benchmarks.study configs/study/dense.yaml
+
+A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms`` (name -> model section), ``seeds`` and
+``pairs`` of arms to compare. Every finished run is one line of ``output``/results.jsonl; a study that is started again leaves
+those out. Arms of a pair must not differ in parameters by more than 2 %. The same seed means the same rows in the same order for
+every arm, so differences are taken seed by seed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TOLERANCE = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="the study file")
+    study = yaml.safe_load(parser.parse_args().study.read_text())
+    output = Path(study["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    for seed in study["seeds"]:
+        for arm, model in study["arms"].items():
+            if not any((line["arm"], line["seed"]) == (arm, seed) for line in read(results)):
+                line = {"arm": arm, "seed": seed, **train(study, model, output / f"{arm}-{seed}", seed)}
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    print(table(read(results), study["pairs"]))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train(study: dict[str, Any], model: dict[str, Any], output: Path, seed: int) -> dict[str, float]:
+    """Trains one arm with one seed, and returns its last scores."""
+    config = output.with_suffix(".yaml")
+    run = {**study["run"], "output": str(output), "model": model, "seed": seed}
+    run["data"] = {**run["data"], "seed": seed}
+    config.write_text(yaml.safe_dump(run))
+    subprocess.run([sys.executable, "-m", "train.pretrain", "--config", str(config)], check=True)
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(steps) if "eval/loss" in line)
+    speeds = [line["tokens_per_s"] for line in steps if "tokens_per_s" in line]
+    return {
+        "bits_per_byte": last["eval/bits_per_byte"],
+        "step": last["step"],
+        "tokens_per_s": statistics.median(speeds),
+        "parameters": json.loads((output / "summary.json").read_text())["parameters"],
+    }
+
+
+def table(lines: list[dict[str, Any]], pairs: list[list[str]]) -> str:
+    """Per arm: parameters, mean and spread of the score, speed; per pair: the differences seed by seed.
+
+    Raises:
+        ValueError: the arms of a pair differ in size.
+    """
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        by_arm.setdefault(line["arm"], {})[line["seed"]] = line
+    rows = [f"{'arm':24}{'parameters':>12}{'bits per byte':>22}{'tokens/s':>12}"]
+    for arm, runs in by_arm.items():
+        scores = [run["bits_per_byte"] for run in runs.values()]
+        speed = statistics.median(run["tokens_per_s"] for run in runs.values())
+        size = next(iter(runs.values()))["parameters"]
+        rows.append(f"{arm:24}{size:>12,}{spread(scores):>22}{speed:>12,.0f}")
+    for one, other in pairs:
+        sizes = [next(iter(by_arm[arm].values()))["parameters"] for arm in (one, other)]
+        if abs(sizes[1] / sizes[0] - 1) > TOLERANCE:
+            raise ValueError(f"{one} has {sizes[0]:,} parameters and {other} {sizes[1]:,}: more than 2 % apart")
+        seeds = sorted(set(by_arm[one]) & set(by_arm[other]))
+        changes = [by_arm[other][seed]["bits_per_byte"] - by_arm[one][seed]["bits_per_byte"] for seed in seeds]
+        listed = ", ".join(f"{change:+.4f}" for change in changes)
+        rows.append(f"{other} - {one}: {spread(changes, '+')} bits per byte, mean and deviation of {listed}")
+    return "\n".join(rows)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and sample deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{sign}.4f} +- {deviation:.4f}"
+
+
+if __name__ == "__main__":
+    main()

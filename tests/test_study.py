@@ -1,0 +1,68 @@
+"""The driver of controlled studies: what it repeats, what it compares, and the studies that are shipped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ssm_jax
+from benchmarks import study as study_lib
+from ssm_jax.config import from_dict
+from ssm_jax.models import config_from_dict
+from ssm_jax.training import RunConfig
+
+STUDIES = sorted((Path(__file__).parents[1] / "configs" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_compare_models_of_one_size(path: Path) -> None:
+    study = yaml.safe_load(path.read_text())
+    from_dict(RunConfig, {**study["run"], "output": "runs/x", "model": {}}, "")
+    sizes = {
+        arm: ssm_jax.count_parameters(config_from_dict({"vocab_size": 257, **model}))
+        for arm, model in study["arms"].items()
+    }
+    assert len(study["seeds"]) >= 3
+    for one, other in study["pairs"]:
+        assert abs(sizes[one] / sizes[other] - 1) <= study_lib.TOLERANCE, (one, other, sizes)
+    header = path.read_text().split("\noutput:")[0]
+    assert f"benchmarks.study configs/study/{path.name}" in header
+    assert "# Expected:" in header
+
+
+def line(arm: str, seed: int, score: float, parameters: int = 1000) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "bits_per_byte": score, "tokens_per_s": 10.0, "parameters": parameters}
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """Seeds differ by much more than the arms do, and always in the same direction."""
+    lines = [line("a", seed, 2.0 + seed) for seed in (0, 1, 2)] + [line("b", seed, 1.9 + seed) for seed in (0, 1, 2)]
+    rows = study_lib.table(lines, [["a", "b"]]).splitlines()
+    assert "3.0000 +- 1.0000" in rows[1]
+    assert rows[-1].startswith("b - a: -0.1000 +- 0.0000 bits per byte")
+
+
+def test_pairs_of_different_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="a has 1,000 parameters and b 1,030: more than 2 % apart"):
+        study_lib.table([line("a", 0, 2.0), line("b", 0, 1.9, 1030)], [["a", "b"]])
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(study: Any, model: Any, output: Path, seed: int) -> dict[str, Any]:
+        trained.append(output.name)
+        return {key: value for key, value in line("", 0, 2.0).items() if key not in ("arm", "seed")}
+
+    monkeypatch.setattr(study_lib, "train", train)
+    content = {"output": str(tmp_path / "out"), "seeds": [0, 1], "pairs": [], "arms": {"a": {}, "b": {}}, "run": {}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "study.yaml")])
+    study_lib.main()
+    results = tmp_path / "out" / "results.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
+    study_lib.main()
+    assert trained == ["a-0", "b-0", "a-1", "b-1", "b-1"]
+    assert [json.loads(text)["arm"] for text in results.read_text().splitlines()] == ["a", "b", "a", "b"]
