@@ -4,7 +4,8 @@
 
 Contestants of a group take turns: a training step (loss, gradients, AdamW) at batch 4 x 512; 128 greedy tokens after
 a prompt of 16, at batch 1 and 8; generation at batch 6 after 2,048 to 10,240 tokens, beside a Llama of equal size (the
-paper's figure of speed, drawn at a size that a CPU can hold). Beside each measured ratio stands the counted one, of operations per token.
+paper's figure of speed, drawn at a size that a CPU can hold). Beside each measured ratio stands the counted one, of operations per
+token.
 Writes benchmarks/results/dense_cpu.json.
 """
 
