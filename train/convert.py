@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 
 from ssm_jax.config import main
-from ssm_jax.interop import convert
+from ssm_jax.interop import LAYOUTS, convert
 
 
 def run(argv: Sequence[str]) -> None:
@@ -24,13 +24,23 @@ def run(argv: Sequence[str]) -> None:
     )
 
 
+def layouts_of(family: str) -> list[str]:
+    """The layouts that a family can be written in, the most native one first."""
+    return [row.name for row in LAYOUTS if row.family == family and row.write_files]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SRC", help="folder to read")
     parser.add_argument("target", metavar="DST", help="folder to make")
-    parser.add_argument("--layout", help="transformers (default), mamba_ssm, or ssm_jax for a checkpoint of ours")
+    families = sorted({row.family for row in LAYOUTS})
+    known = (f"{family}: {', '.join(layouts_of(family))}" for family in families)
+    parser.add_argument(
+        "--layout",
+        help=f"one that the model's family has, the first by default ({'; '.join(known)}); ssm_jax for a checkpoint of ours",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type to store (default: float32, or SRC's own)"
     )

@@ -7,8 +7,8 @@
     python -m train.evaluate runs/wiki --lengths 512,2048,8192
 
 MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json (those of
-other data, another split, sliding windows and lengths in files of their own). DATA is prepared data (train.prepare_data), by
-default what the run was trained on.
+other data, another split, sliding windows and lengths in files of their own: eval-DATA.json, lengths.json). DATA is prepared data
+(train.prepare_data), by default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. (A model whose
 context has a limit reads it in windows of that length, each afresh, as the table says.) Beside that stands the score of the data's
@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ def run(argv: Sequence[str]) -> None:
     result["seconds"] = time.perf_counter() - started
     if not args.no_baseline:
         result["baseline"] = evaluate_baseline(open_dataset(dataset.path, "train"), dataset, tokenizer, ORDER)
-    targets = _write(args, _name_of_scores(args, dataset.path, window), result)
+    options = [f"window{window}", f"stride{args.stride}"] if args.stride is not None else []
+    targets = _write(args, _name_of_scores("eval", args, dataset.path, options), result)
     print(table(result))
     for target in targets:
         print(f"written to {target}")
@@ -100,14 +102,13 @@ def _load(args: argparse.Namespace) -> "tuple[LanguageModel, Params, Tokenizer, 
     return model, params, tokenizer, dataset, result
 
 
-def _name_of_scores(args: argparse.Namespace, data: Path, window: int) -> str:
-    """eval.json for the run's own held-out text, read whole; a name of its own for anything else."""
+def _name_of_scores(kind: str, args: argparse.Namespace, data: Path, options: list[str]) -> str:
+    """``kind``.json for the run's own held-out text and no options; a name of its own for anything else."""
     own = _data_config(Path(args.model)).get("path")
-    parts = ["eval"]
+    parts = [kind]
     parts += [data.resolve().name] if own is None or Path(own).resolve() != data.resolve() else []
     parts += [args.split] if args.split != "validation" else []
-    parts += [f"window{window}", f"stride{args.stride}"] if args.stride is not None else []
-    return "-".join(parts) + ".json"
+    return "-".join(parts + options) + ".json"
 
 
 def _write(args: argparse.Namespace, name: str, result: dict[str, Any]) -> list[Path]:
@@ -123,7 +124,7 @@ def _write(args: argparse.Namespace, name: str, result: dict[str, Any]) -> list[
 
 def _run_lengths(args: argparse.Namespace) -> None:
     from ssm_jax import files
-    from ssm_jax.evaluation.length_charts import LENGTHS, Lengths, length_charts, length_table
+    from ssm_jax.evaluation.length_charts import Lengths, length_charts, length_table
     from ssm_jax.evaluation.lengths import evaluate_lengths, parse_lengths
     from ssm_jax.evaluation.report import page
 
@@ -138,9 +139,11 @@ def _run_lengths(args: argparse.Namespace) -> None:
     print(length_table(result))
     name = Path(args.model).resolve().name
     sections = {"Longer contexts": length_charts([Lengths(name, "a", result)])}
-    for target in _write(args, LENGTHS, result):
+    lead = f"Loss by the length of the context, {args.split} split of {escape(str(dataset.path))}"
+    asked = [] if args.lengths == "auto" else [args.lengths.replace(",", "_")]
+    for target in _write(args, _name_of_scores("lengths", args, dataset.path, asked), result):
         shown = target.with_suffix(".html")
-        files.write_text(shown, page(name, '<p class="lead">Loss by the length of the context</p>', sections))
+        files.write_text(shown, page(name, f'<p class="lead">{lead}</p>', sections))
         print(f"written to {target} and {shown}")
 
 

@@ -180,10 +180,14 @@ def _x_ticks(plane: _Plane, lines: _Lines) -> list[tuple[Number, str]]:
 
 def _axes(plane: _Plane, x_ticks: Sequence[tuple[Number, str]], x_label: str, y_label: str) -> str:
     parts = []
-    for value in nice_ticks(plane.y_low, plane.y_high, 6):
+    ticks = nice_ticks(plane.y_low, plane.y_high, 6)
+    texts = [number(value) for value in ticks]
+    if len(set(texts)) < len(texts):
+        texts = [f"{value:.10g}" for value in ticks]
+    for value, label in zip(ticks, texts, strict=True):
         y = plane.y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{plane.right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for value, text in x_ticks:
         x = plane.x(value)
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{plane.bottom}" y2="{plane.bottom + 4}"/>')

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ssm_jax.errors import GenerationError
 from ssm_jax.models import LanguageModel, registry
 from ssm_jax.nn.state import LMState
 from ssm_jax.typing import Params, PyTree
@@ -33,6 +34,10 @@ class Decoder(NamedTuple):
 
 def make_decoder(model: LanguageModel, params: Params, unroll_limit: int = UNROLL_LIMIT) -> Decoder:
     """The decoder of a model: its layers apart if they are small enough, its head laid out for row vectors."""
+    if "layers" not in params:
+        raise GenerationError(
+            f"params has the keys {sorted(params)} and no 'layers'; pass the model's parameters, such as model.init(...)['params']."
+        )
     layer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
     return _make_decoder(model, params, layer_bytes <= unroll_limit)
 

@@ -98,9 +98,11 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
 def check_window(model: LanguageModel, window: int | None) -> None:
     """Raises GenerationError for a window that is empty, or longer than the model's context."""
     limit = registry.family_of(model.config).context_limit(model.config)
-    if window is not None and not 1 <= window <= (limit or window):
+    if window is not None and (not isinstance(window, int) or not 1 <= window <= (limit or window)):
         most = "" if limit is None else f" and at most {limit}, the model's positions"
-        raise GenerationError(f"window is {window}; it must be at least 1{most}, or None to forget nothing.")
+        raise GenerationError(
+            f"window is {window}; it must be an integer of at least 1{most}, or None to forget nothing."
+        )
 
 
 def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> None:

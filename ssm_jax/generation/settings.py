@@ -50,6 +50,8 @@ def check_settings(
         )
     if prefill_chunk < 1:
         raise GenerationError(f"prefill_chunk is {prefill_chunk}; it must be at least 1.")
+    if key is not None and not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise GenerationError(f"key is {key!r}, no key of jax.random; pass key=jax.random.key(0).")
     if temperature == 0:
         sampling, key = Sampling(), jax.random.key(0)
     elif key is None:

@@ -96,7 +96,12 @@ def open_folder(path: Path, **config_overrides: Any) -> Source:
     except LayoutError as error:
         raise LayoutError(f"{path / layout.config_file}: {error}") from error
     if (path / OURS).is_file():
-        fields |= read_json(path / OURS).get("config", {})
+        ours = read_json(path / OURS)
+        if ours.get("family", layout.family) != layout.family:
+            raise LayoutError(
+                f"{path / OURS} is of a {ours['family']} model, and the rest of the folder of {layout.family}; remove it."
+            )
+        fields |= ours.get("config", {})
     fields |= layout.infer(fields, tensors)
     tied, wanted = fields["tie_embeddings"], config_overrides.get("tie_embeddings")
     fields["tie_embeddings"], tensors = _resolve_head(path, layout, tied, wanted, tensors)

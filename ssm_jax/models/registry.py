@@ -100,7 +100,9 @@ def family_name(config: Any) -> str:
     for name, family in FAMILIES.items():
         if type(config) is family.config:
             return name
-    raise ConfigError(f"{type(config).__name__} is not the config of a family; the families are {', '.join(FAMILIES)}.")
+    raise ConfigError(
+        f"{type(config).__name__} is not the config of a family (pass model.config); the families are {', '.join(FAMILIES)}."
+    )
 
 
 def family_of(config: Any) -> Family:

@@ -37,8 +37,8 @@ def make_objective(
 ) -> Objective:
     """CE and KL in turn or mixed, see ``DistillConfig``; ``frozen`` is what ``fixed`` returns.
 
-    The sums hold "ce" and "kl" beside "loss", with the weight of what was computed. In turn, only one of them is computed, and the
-    teacher runs only for KL. The student has its dropout in both, the teacher never.
+    The sums hold "ce" and "kl" beside "loss", with the weight of what was computed. In turn, only one of them is computed; the
+    teacher runs only for a KL that counts. The student has its dropout in both, the teacher never.
     """
 
     def weighted(shares: Mapping[str, float]) -> Objective:
@@ -68,7 +68,7 @@ def make_objective(
         return lambda trainable, frozen, batch, key, index: of_batch(trainable, frozen, batch, key)
 
     if config.mode == "mix":
-        return weighted({"ce": 1 - config.weight, "kl": config.weight})
+        return weighted({"ce": 1 - config.weight} | ({"kl": config.weight} if config.weight else {}))
 
     cross_entropy, divergence = weighted({"ce": 1.0}), weighted({"kl": 1.0})
 

@@ -59,6 +59,11 @@ def prepare(config: RunConfig) -> Run:
     begun = _model_begun_with(config)
     if config.init_from is not None:
         initial = begun or _initial_model(config.init_from, data)
+        if config.model.get("family", initial["family"]) != initial["family"]:
+            raise ConfigError(
+                f"Config key 'model.family' is {config.model['family']!r}, and 'init_from' ({config.init_from}) holds a model of "
+                f"{initial['family']}; leave model.family out."
+            )
         config = dataclasses.replace(config, model={**initial, **config.model})
     config = resolve(config, data, mesh)
     model = build(config_from_dict(config.model))

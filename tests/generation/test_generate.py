@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -278,9 +279,22 @@ def test_a_window_that_holds_everything_changes_nothing() -> None:
     np.testing.assert_array_equal(
         generate(model, params, prompts, 6, window=32, **how), generate(model, params, prompts, 6, **how)
     )
-    with pytest.raises(GenerationError, match="window is 0; it must be at least 1"):
+    with pytest.raises(GenerationError, match="window is 0; it must be an integer of at least 1"):
         generate(model, params, prompts, 6, window=0)
     with pytest.raises(
-        GenerationError, match="window is 65; it must be at least 1 and at most 64, the model's positions"
+        GenerationError, match="window is 65; it must be an integer of at least 1 and at most 64, the model's positions"
     ):
         generate(*tiny("gpt2"), prompts, 6, window=65)
+
+
+def test_what_is_passed_in_another_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users see it, who have no types checked at run time."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model, params = tiny("mamba")
+    prompts = [np.array([3, 1, 4], np.int32)]
+    with pytest.raises(GenerationError, match=r"key is 0, no key of jax\.random"):
+        generate(model, params, prompts, 4, temperature=1.0, key=0)
+    with pytest.raises(GenerationError, match=r"window is 2\.5; it must be an integer"):
+        generate(model, params, prompts, 6, window=2.5)
+    with pytest.raises(GenerationError, match=r"has the keys \['params'\] and no 'layers'; pass .*\['params'\]"):
+        generate(model, {"params": params}, prompts, 4)

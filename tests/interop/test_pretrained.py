@@ -291,7 +291,16 @@ def test_incomplete_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"m/config\.json holds a list"):
         ssm_jax.from_pretrained(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(LayoutError, match=r"m has no config\.json"):
+    with pytest.raises(LayoutError, match=r"m has no config\.json; .* look like mamba in the layout 'transformers'"):
+        ssm_jax.from_pretrained(folder)
+
+
+def test_notes_of_another_family_are_refused(tmp_path: Path) -> None:
+    folder = copy_golden(TIED, tmp_path / "m")
+    (folder / "ssm_jax.json").write_text(json.dumps({"family": "gss", "config": {}}))
+    with pytest.raises(
+        LayoutError, match=r"ssm_jax\.json is of a gss model, and the rest of the folder of mamba; remove it"
+    ):
         ssm_jax.from_pretrained(folder)
 
 

@@ -39,9 +39,13 @@ def detect(folder: Path, names: Collection[str]) -> tuple[Layout, dict[str, Any]
     for row in LAYOUTS:
         if row.config_file in contents and row.detect(contents[row.config_file], names):
             return row, contents[row.config_file]
+    likely = nearest(names)
     if not files:
-        raise LayoutError(f"Folder {folder} has no config.json; it is needed beside the weights.")
-    content, likely = contents[files[0]], nearest(names)
+        look = f" The tensors look like {likely.family} in the layout {likely.name!r}." if likely else ""
+        raise LayoutError(
+            f"Folder {folder} has no config.json; it is needed beside the weights, with the arguments of the model's class.{look}"
+        )
+    content = contents[files[0]]
     look = f" Its tensors look like {likely.family} in the layout {likely.name!r}." if likely else ""
     marks = {key: content[key] for key in ("model_type", "architectures", "ssm_cfg") if key in content}
     known = ", ".join(sorted({f"{row.family} in the layout {row.name!r}" for row in LAYOUTS}))
