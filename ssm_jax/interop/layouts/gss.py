@@ -7,6 +7,9 @@ state dict of the package's ``AutoregressiveWrapper``. Either is read in any of 
 * a patched head: ``to_logits.0.*`` is a LayerNorm and ``to_logits.1.weight`` the head that is ``to_logits.weight`` else;
 * one list more around each block, ``layers.{i}.0.*``, as in releases 0.0.4 to 0.0.6;
 * the head or the token table left out: they are one matrix.
+
+A folder of ``PACKAGE`` is also one of ``transformers``, for the model in ``interop.torch``: beside the arguments of
+``GatedStateSpacesLM`` its config.json has what the Auto classes look for, and what the package has no argument for.
 """
 
 import re
@@ -29,6 +32,8 @@ from ssm_jax.models import GSSConfig
 _EMBEDDING, _HEAD, _NORM = "token_emb.weight", "to_logits.weight", "to_logits.0."
 _PREFIX = "net."
 _KEYS = ("num_tokens", "dim", "depth")
+_ARGUMENTS = (*_KEYS, "dim_expansion_factor", "dss_kernel_N", "dss_kernel_H", "dss_kernel_lambda_imag_exp")
+_MODEL_TYPE = "gated_state_spaces"
 _LAYER = "layers.{i}."
 _MIXER = "layers/mixer/"
 _TENSORS: TensorMap = {
@@ -48,11 +53,11 @@ _TENSORS: TensorMap = {
     _NORM + "bias": (vector("norm_f/bias"),),
     _HEAD: (linear("head/kernel"),),
 }
-_LOAD_PACKAGE = """import json, pathlib, torch
+_LOAD_PACKAGE = """import inspect, json, pathlib, torch
 from gated_state_spaces_pytorch import GatedStateSpacesLM
 from safetensors.torch import load_file
 config = json.loads(pathlib.Path("{path}/config.json").read_text())
-model = GatedStateSpacesLM(**config)
+model = GatedStateSpacesLM(**{{name: config[name] for name in inspect.signature(GatedStateSpacesLM).parameters}})
 weights = load_file("{path}/model.safetensors")
 if "to_logits.0.weight" in weights:  # a LayerNorm before the head, which the package does not have
     model.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.to_logits)
@@ -78,11 +83,15 @@ def _spelling(config: GSSConfig, name: str) -> str:
 
 
 def _detect(config: Json, names: Collection[str]) -> bool:
-    return set(_KEYS) <= set(config) and not _wrapped(names)
+    return _ours(config) and not _wrapped(names)
 
 
 def _detect_published(config: Json, names: Collection[str]) -> bool:
-    return set(_KEYS) <= set(config) and _wrapped(names)
+    return _ours(config) and _wrapped(names)
+
+
+def _ours(config: Json) -> bool:
+    return set(_KEYS) <= set(config) and config.get("model_type", _MODEL_TYPE) == _MODEL_TYPE
 
 
 def _wrapped(names: Collection[str]) -> bool:
@@ -99,10 +108,15 @@ def _read(config: Json) -> dict[str, Any]:
         "dss_kernel_H": integer(config, "dss_kernel_H", 256),
         "dss_kernel_lambda_imag_exp": boolean(config, "dss_kernel_lambda_imag_exp", True),
     }
-    unknown = sorted(set(config) - {*_KEYS, *fields})
-    if unknown:
+    unknown = sorted(set(config) - set(_ARGUMENTS))
+    if unknown and "model_type" not in config:  # transformers writes its own keys beside a model's
         raise LayoutError(f"{unknown[0]!r} is not an argument of GatedStateSpacesLM; remove it if it has no effect.")
-    return {**fields, "tie_embeddings": False, "final_norm": False}
+    return {
+        **fields,
+        "final_norm": boolean(config, "final_norm", False),
+        "accurate": boolean(config, "accurate", False),
+        "tie_embeddings": boolean(config, "tie_word_embeddings", False),
+    }
 
 
 def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -128,6 +142,25 @@ def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _write(config: GSSConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    content = {
+        "architectures": ["GatedStateSpacesForCausalLM"],
+        "model_type": _MODEL_TYPE,
+        **_arguments(config),
+        "final_norm": config.final_norm,
+        "accurate": config.accurate,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        "dtype": dtype,
+        **special,
+    }
+    return {"config.json": content, "generation_config.json": {**special, "use_cache": True}}
+
+
+def _write_published(config: GSSConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    return {"config.json": _arguments(config)}
+
+
+def _arguments(config: GSSConfig) -> dict[str, Any]:
     if config.attention_every:
         raise LayoutError("attention_every is set, and the package has no attention; use the layout 'ssm_jax'.")
     if config.norm_eps != 1e-5:
@@ -136,7 +169,7 @@ def _write(config: GSSConfig, dtype: str, special: Json) -> dict[str, dict[str, 
         raise LayoutError(
             "the token table is padded; the package has no padding. Train with pad_vocab_size_multiple=1."
         )
-    content = {
+    return {
         "num_tokens": config.vocab_size,
         "dim": config.d_model,
         "depth": config.n_layers,
@@ -145,7 +178,6 @@ def _write(config: GSSConfig, dtype: str, special: Json) -> dict[str, dict[str, 
         "dss_kernel_H": config.dss_kernel_H,
         "dss_kernel_lambda_imag_exp": config.dss_kernel_lambda_imag_exp,
     }
-    return {"config.json": content}
 
 
 def torch_model(folder: Path) -> Any:
@@ -154,7 +186,7 @@ def torch_model(folder: Path) -> Any:
     from gated_state_spaces_pytorch import GatedStateSpacesLM
 
     config = read_json(folder / "config.json")
-    model = GatedStateSpacesLM(**config)
+    model = GatedStateSpacesLM(**{name: config[name] for name in _ARGUMENTS})
     loaded = {name.removeprefix(_PREFIX): np.array(tensor.load()) for name, tensor in open_weights(folder).items()}
     if _NORM + "weight" in loaded:
         model.to_logits = torch.nn.Sequential(torch.nn.LayerNorm(config["dim"]), model.to_logits)
@@ -197,6 +229,7 @@ PUBLISHED = replace(
     PACKAGE,
     name="naxalpha",
     detect=_detect_published,
+    write_files=_write_published,
     spelling=lambda config, name: _PREFIX + _spelling(config, name),
     weights="model.pt",
     load_in_torch=_LOAD_PUBLISHED,

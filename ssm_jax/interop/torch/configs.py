@@ -1,0 +1,170 @@
+"""The config.json of every model type here: the originals' keys, and a few of ours.
+
+Reading them needs no model, and no PyTorch beyond what ``transformers`` imports. Keys that a class does not name are kept, and mean
+nothing.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class RecurrentConfig(PreTrainedConfig):
+    """What all of them have.
+
+    recurrent_chunk_size: tokens that are computed at once; speed and memory only.
+    pad_token_id, bos_token_id, eos_token_id: null where texts have none.
+    """
+
+    # A config takes any key, which the signature that transformers makes does not say; checkers at run time go by that.
+    __no_type_check__ = True
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    recurrent_chunk_size: int = 512
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class RetNetConfig(RecurrentConfig):
+    """RetNet, by the names of torchscale's decoder and of syncdoth/RetNet.
+
+    vocab_size; decoder_embed_dim: D; decoder_value_embed_dim: V; decoder_ffn_embed_dim: F; decoder_layers: L;
+    decoder_retention_heads: H, of D / H keys (an even number) and V / H values.
+    activation_fn: "relu", "gelu" (exact) or "swish", of the feed-forward network.
+    use_glu: a gated feed-forward network without biases; else a plain one with biases, in the middle of which ``subln`` puts a
+        LayerNorm, or an RMSNorm if use_ffn_rms_norm.
+    use_lm_decay: the decay rates of syncdoth's language models; see ``rel_pos``.
+    no_scale_embedding: else the embedding is multiplied by sqrt(D). layernorm_embedding: and then normalised.
+    decoder_normalize_before: norms before the sublayers (pre-norm); else after the residual sum.
+    deepnorm, subln: as syncdoth settles them. deepnorm means post-norm, residuals times (2 L)^(1/4) and no subln; else subln means
+        pre-norm. Post-norm alone is decoder_normalize_before = subln = false.
+    layernorm_eps: of every norm. dropout: of the embedding and every sublayer; activation_dropout: after activation_fn.
+    z_loss_coeff: weight of mean(log(logsumexp(logits))) in the loss.
+    pad_token_id: its embedding is not trained, as in the original, unless texts end or begin with it.
+    score_normaliser: null for the exact form; "sum_abs" (torchscale since November 2023, syncdoth) and "abs_sum" (torchscale 0.3.0)
+        give the numbers of the originals' parallel form; see ``retention``.
+
+    Raises:
+        ValueError: a value that the model does not compute.
+    """
+
+    model_type = "retnet"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "decoder_embed_dim",
+        "intermediate_size": "decoder_ffn_embed_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_retention_heads",
+    }
+
+    vocab_size: int = 50257
+    decoder_embed_dim: int = 768
+    decoder_value_embed_dim: int = 1280
+    decoder_ffn_embed_dim: int = 1280
+    decoder_layers: int = 12
+    decoder_retention_heads: int = 3
+    activation_fn: str = "gelu"
+    use_glu: bool = True
+    use_ffn_rms_norm: bool = False
+    use_lm_decay: bool = False
+    no_scale_embedding: bool = True
+    layernorm_embedding: bool = False
+    decoder_normalize_before: bool = True
+    deepnorm: bool = False
+    subln: bool = True
+    layernorm_eps: float = 1e-6
+    dropout: float = 0.0
+    activation_dropout: float = 0.0
+    z_loss_coeff: float = 0.0
+    score_normaliser: str | None = None
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.deepnorm:
+            self.decoder_normalize_before, self.subln = False, False
+        if self.subln:
+            self.decoder_normalize_before = True
+        for unknown in ("multiway", "moe_freq", "xpos_rel_pos"):
+            if getattr(self, unknown, None):
+                raise ValueError(f"{unknown} is {getattr(self, unknown)!r}; this RetNet has none.")
+        _require_one_of(self, "activation_fn", "relu", "gelu", "swish")
+        _require_one_of(self, "score_normaliser", None, "abs_sum", "sum_abs")
+
+
+class DenseGauRetNetConfig(RecurrentConfig):
+    """DenseRetNet, by the names of LlamaConfig and of the published checkpoints.
+
+    vocab_size; hidden_size: D; num_hidden_layers; num_attention_heads: H.
+    query_key_dim: K, of all heads (K / H even). v_factor: E / D, of the values and of the gate.
+    dense_block_layers: m; keys and values of the m layers below are added to a layer's own.
+    intermediate_k_select_scale, intermediate_v_select_scale: D / width of the bottleneck in the gates of those sums.
+    rms_norm_eps: of every norm. dropout: of every layer's output, in training.
+    pad_token_id, score_normaliser: as in ``RetNetConfig``; the original is "sum_abs".
+
+    Published folders also have deepnorm, layernorm_eps, retnorm, hidden_act and max_position_embeddings. In the original the first
+    shrinks initial weights, and nothing reads the others.
+    """
+
+    model_type = "DenseGauRetNet"
+
+    vocab_size: int = 32000
+    hidden_size: int = 1536
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 2
+    query_key_dim: int = 768
+    v_factor: int | float = 2
+    dense_block_layers: int = 2
+    intermediate_k_select_scale: int = 32
+    intermediate_v_select_scale: int = 32
+    rms_norm_eps: float = 1e-6
+    dropout: float = 0.1
+    score_normaliser: str | None = None
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _require_one_of(self, "score_normaliser", None, "abs_sum", "sum_abs")
+
+    @property
+    def value_dim(self) -> int:
+        """E."""
+        return round(self.v_factor * self.hidden_size)
+
+
+class GatedStateSpacesConfig(RecurrentConfig):
+    """Gated state spaces, by the arguments of GatedStateSpacesLM of gated-state-spaces-pytorch.
+
+    num_tokens: vocabulary; dim: D; depth: layers. dim_expansion_factor: F / D; F is the product truncated to an integer.
+    dss_kernel_N: modes, shared by all channels. dss_kernel_H: channels of the state-space branch.
+    dss_kernel_lambda_imag_exp: whether Lambda_imag is the logarithm of the frequency.
+    final_norm: a LayerNorm before the head, as in the published checkpoint; the package has none.
+    accurate: modes and phases in float64, as ``accurate`` of ssm_jax; the package's float32 loses digits after thousands of tokens.
+    """
+
+    model_type = "gated_state_spaces"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "vocab_size": "num_tokens",
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+    }
+
+    num_tokens: int = 256
+    dim: int = 512
+    depth: int = 8
+    dim_expansion_factor: int | float = 4
+    dss_kernel_N: int = 512
+    dss_kernel_H: int = 256
+    dss_kernel_lambda_imag_exp: bool = True
+    final_norm: bool = False
+    accurate: bool = False
+
+
+def _require_one_of(config: PreTrainedConfig, key: str, *allowed: str | None) -> None:
+    if getattr(config, key) not in allowed:
+        raise ValueError(f"{key} is {getattr(config, key)!r}; it must be one of {', '.join(map(repr, allowed))}.")
