@@ -51,7 +51,7 @@ def _wanted(layout: Layout, parameters: int, check: bool | None) -> str | None:
     if check is False:
         return "not asked for"
     if layout.torch_logits is None:
-        reason = "the original package needs a GPU"
+        reason = layout.unchecked
     elif not all(importlib.util.find_spec(name) for name in layout.packages):
         reason = f"{' and '.join(layout.packages)} are not installed"
     elif check is None and parameters >= _CHECKED_BY_DEFAULT:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ssm_jax.errors import LayoutError
-from ssm_jax.interop.layouts import rel_pos
+from ssm_jax.interop.layouts import rel_pos, transformers
 from ssm_jax.interop.layouts.fields import boolean, integer, number
 from ssm_jax.interop.layouts.layout import Json, Layout
 from ssm_jax.interop.tensor import Tensor
 from ssm_jax.interop.tensor_map import Part, TensorMap, linear, same, vector
 from ssm_jax.models import DenseRetNetConfig
+from ssm_jax.models.common import round_up
 
 _PREFIX = "model."
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -87,13 +88,17 @@ def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
         return (tensor.shape[0], tensor.shape[1]) if tensor is not None and len(tensor.shape) == 2 else None
 
     found: dict[str, Any] = {}
+    width = fields["d_model"]
     if table := shape(_EMBEDDING):
-        found["vocab_size"], found["d_model"] = table
-    if keys := shape(attention + "q_proj.weight"):
+        rows, width = table
+        found["d_model"] = width
+        if rows != round_up(fields["vocab_size"], fields.get("pad_vocab_size_multiple", 1)):
+            found["vocab_size"], found["pad_vocab_size_multiple"] = rows, 1
+    keys, out = shape(attention + "q_proj.weight"), shape(attention + "to_out.0.weight")
+    if keys and keys[0] != (fields["d_key"] or width // 2):
         found["d_key"] = keys[0]
-    if out := shape(attention + "to_out.0.weight"):
+    if out and out[1] != (fields["d_value"] or 2 * width):
         found["d_value"] = out[1]
-    width = found.get("d_model", fields["d_model"])
     for field, letter in (("key_gate_ratio", "k"), ("value_gate_ratio", "v")):
         gate = shape(f"{attention}{letter}_select.fc1.weight")
         if gate:
@@ -175,10 +180,18 @@ HUB = Layout(
     stores_tied_head=False,
     weights="safetensors",
     load_in_torch=_LOAD_HUB,
+    torch_logits=transformers.torch_logits,
     rename=lambda name: name.removeprefix(_PREFIX),
     spelling=lambda config, name: name if name == _HEAD else _PREFIX + name,
     infer=_infer,
 )
 GITHUB = replace(
-    HUB, name="dense_ssm", detect=_detect, write_files=_write_github, stores_tied_head=True, load_in_torch=_LOAD_GITHUB
+    HUB,
+    name="dense_ssm",
+    detect=_detect,
+    write_files=_write_github,
+    stores_tied_head=True,
+    load_in_torch=_LOAD_GITHUB,
+    torch_logits=None,
+    unchecked="DenseSSM is no package; the layout 'dense_ssm_hub' holds the same tensors and is compared",
 )

@@ -39,7 +39,7 @@ class Layout:
     packages: what ``torch_logits`` needs.
     load_in_torch: code that loads an exported folder, with ``{path}``.
     torch_logits: (folder, tokens) -> float32 logits of PyTorch on an exported folder; raises LayoutError when PyTorch
-        reports missing or unexpected tensors. None when the original cannot run on a CPU.
+        reports missing or unexpected tensors. None when the original cannot run here; ``unchecked`` says why.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Layout:
     load_in_torch: str
     config_file: str = "config.json"
     torch_logits: Callable[[Path, np.ndarray], np.ndarray] | None = None
+    unchecked: str = "the original package needs a GPU"
     packages: tuple[str, ...] = ("torch", "transformers")
     rename: Callable[[str], str | None] = lambda name: name
     spelling: Callable[[Any, str], str] = lambda config, name: name

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssm_jax.errors import LayoutError
-from ssm_jax.interop.layouts import rel_pos
+from ssm_jax.interop.layouts import rel_pos, transformers
 from ssm_jax.interop.layouts.fields import boolean, expect, integer, number, text
 from ssm_jax.interop.layouts.layout import Json, Layout
 from ssm_jax.interop.tensor import Tensor
@@ -198,6 +198,7 @@ SYNCDOTH = Layout(
     stores_tied_head=False,
     weights="safetensors",
     load_in_torch=_LOAD_SYNCDOTH,
+    torch_logits=transformers.torch_logits,
     rename=_rename,
     spelling=_spelling,
     infer=_infer,
@@ -209,7 +210,8 @@ TORCHSCALE = replace(
     write_files=_write_torchscale,
     stores_tied_head=True,
     load_in_torch=_LOAD_TORCHSCALE,
-    packages=("torch", "torchscale"),
+    torch_logits=None,
+    unchecked="torchscale needs packages that are not installed here; the layout 'syncdoth' holds the same tensors and is compared",
     rename=lambda name: name,
     spelling=lambda config, name: name,
 )
