@@ -77,8 +77,9 @@ class LanguageModel(nn.Module):
             deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
 
         Raises:
-            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table
-                and a -1 that is not at the end of its row. Inside ``jit`` the former gives NaN, the latter is undefined.
+            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table, a
+                document longer than the model's context or the state's capacity, and a -1 that is not at the end of its row.
+                Inside ``jit`` the former two give NaN, the latter is undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
         if logits == "none":
@@ -151,10 +152,20 @@ class LanguageModel(nn.Module):
         return jnp.einsum("bld,vd->blv", features_BLD, embedding_VD, preferred_element_type=jnp.float32)
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> LMState:
-        """The state before any token: zeros, of a size that does not depend on how much will be read."""
+    def init_state(self, batch_size: int, capacity: int | None = None) -> LMState:
+        """The state before any token: zeros, of a size that does not depend on how much will be read.
+
+        Args:
+            capacity: tokens of the longest document that will be read, where layers attend: they keep that many keys and values.
+                None makes room for all that the model can reach. Recurrent layers have room for everything.
+
+        Raises:
+            ValueError: a capacity below 1.
+        """
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity is {capacity}; it must be at least 1, or None.")
         family = registry.family_of(self.config)
-        layer = family.layer(self.config).init_state(batch_size)
+        layer = family.layer(self.config).init_state(batch_size, capacity)
         return LMState(
             layers=stack_layers(layer, family.repeats(self.config)), position=jnp.zeros((batch_size,), jnp.int32)
         )
