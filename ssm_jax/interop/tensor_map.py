@@ -40,9 +40,13 @@ class Part:
 TensorMap = Mapping[str, tuple[Part, ...]]
 
 
-def linear(leaf: str) -> Part:
-    """A kernel [in, *out] of ours; (prod(out), in) in torch."""
-    return Part(leaf, lambda w: w.reshape(w.shape[0], -1).T, lambda block, shape: block.T.reshape(shape))
+def linear(leaf: str, inputs: int = 1) -> Part:
+    """A kernel [*in, *out] of ours with ``inputs`` input axes; (prod(out), prod(in)) in torch."""
+
+    def to_torch(w: Any) -> Any:
+        return w.reshape(math.prod(w.shape[:inputs]), -1).T
+
+    return Part(leaf, to_torch, lambda block, shape: block.T.reshape(shape))
 
 
 def conv1d(leaf: str, inputs: int = 1, leading: tuple[int, ...] = ()) -> Part:

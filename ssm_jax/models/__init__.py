@@ -3,6 +3,7 @@
 from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
 from ssm_jax.models.gpt2 import GPT2Config
 from ssm_jax.models.gss import GSSConfig
+from ssm_jax.models.llama import LlamaConfig
 from ssm_jax.models.lm import LanguageModel
 from ssm_jax.models.mamba import MambaConfig
 from ssm_jax.models.mamba2 import Mamba2Config
@@ -14,6 +15,7 @@ __all__ = [
     "GPT2Config",
     "GSSConfig",
     "LanguageModel",
+    "LlamaConfig",
     "Mamba2Config",
     "MambaConfig",
     "build",

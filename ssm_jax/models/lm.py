@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from ssm_jax.models import registry
 from ssm_jax.models.inputs import check_inputs, check_length
-from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
 from ssm_jax.nn.state import LMState, stack_layers
@@ -43,7 +42,7 @@ class LanguageModel(nn.Module):
         }
         self.embed = nn.Embed(config.padded_vocab_size, config.d_model, **table)
         limit = family.context_limit(config)
-        if limit is not None:
+        if limit is not None and family.learned_positions:
             self.embed_position = nn.Embed(limit, config.d_model, **table)
         self.layers = family.layer(config)
         self.norm_f = family.final_norm(config)
@@ -53,7 +52,7 @@ class LanguageModel(nn.Module):
                 use_bias=False,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                kernel_init=initializers.torch_linear,
+                kernel_init=family.head_init,
                 dot_general=_float32_dot,
             )
 
@@ -131,15 +130,18 @@ class LanguageModel(nn.Module):
     def _embedded(
         self, tokens: Tokens, state: LMState | None, positions: Positions | None
     ) -> tuple[Activations, Int[Array, "B"]]:
-        """The stream that enters the first layer, and the position after the last token. Beyond a table is NaN."""
-        batch, length = tokens.shape
+        """The stream that enters the first layer, and the position after the last token. Beyond table or context is NaN."""
+        family, (batch, length) = registry.family_of(self.config), tokens.shape
         rows = self.config.padded_vocab_size
         known = (tokens >= 0) & (tokens < rows)
         h_BLD = self.embed(jnp.where(known, tokens, rows))
         start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
-        if registry.family_of(self.config).context_limit(self.config) is not None:
+        limit = family.context_limit(self.config)
+        if limit is not None:
             place_BL = positions_lib.resolve(start_B, length, positions)
-            h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
+            h_BLD = jnp.where((place_BL < limit)[..., None], h_BLD, jnp.nan)
+            if family.learned_positions:
+                h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
         return h_BLD, positions_lib.next_positions(start_B, length, positions)
 
     def _normed(self, h_BLD: Activations) -> Activations:

@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block."""
+"""The perceptron of a transformer block."""
 
 import functools
 from collections.abc import Callable
@@ -26,11 +26,13 @@ class MLP(nn.Module):
 
     Attributes:
         width: of the layer between. activation: a key of ``ACTIVATIONS``.
-        kernel_init, out_init: initialisers of ``up_proj`` and ``down_proj``.
+        gated: (activation(x W_gate + b) * (x W_up + b)) W_down + b instead (Shazeer 2020, arXiv:2002.05202).
+        kernel_init, out_init: initialisers of ``up_proj`` and ``gate_proj``, and of ``down_proj``.
     """
 
     width: int
     activation: str = "gelu"
+    gated: bool = False
     bias: bool = True
     kernel_init: Initializer = initializers.torch_linear
     out_init: Initializer = initializers.torch_linear
@@ -40,6 +42,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Activations) -> Activations:
         kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        activation = ACTIVATIONS[self.activation]
         hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
-        hidden = ACTIVATIONS[self.activation](hidden)
+        if self.gated:
+            gate = nn.Dense(self.width, kernel_init=self.kernel_init, name="gate_proj", **kinds)(x_BLD)
+            hidden = activation(gate) * hidden
+        else:
+            hidden = activation(hidden)
         return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down_proj", **kinds)(hidden)

@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import gpt2, gss, mamba_ssm, mistral, transformers
+from ssm_jax.interop.layouts import gpt2, gss, llama, mamba_ssm, mistral, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -24,6 +24,7 @@ LAYOUTS: tuple[Layout, ...] = (
     gss.PUBLISHED,
     gpt2.TRANSFORMERS,
     gpt2.OPENAI,
+    llama.TRANSFORMERS,
 )
 
 
