@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "groups": None,
     "group_state": None,
     "window": None,
+    "places": None,
     "head_dim": None,
     "parts": None,
     "bottleneck": None,

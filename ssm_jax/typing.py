@@ -12,7 +12,7 @@ K   taps of the short convolution
 R   rank of the step-size projection (Mamba-1)
 H   head
 P   head width, value width per head
-G   group of heads that share B and C (Mamba-2)
+G   group of heads that share B and C (Mamba-2), or keys and values (attention)
 S   key of an attention product: those before the call and those of its L tokens
 V   vocabulary row, padding rows included
 ==  =======================================================================

@@ -50,8 +50,9 @@ def generate(
     ``max_new_tokens`` tokens. The loop ends when all lanes have ended. Padded vocabulary rows are never chosen.
 
     Memory depends neither on the prompts' lengths (read in chunks, the recurrent state carried) nor on ``max_new_tokens``
-    beyond the result. Prompt lengths and ``max_new_tokens`` are rounded up to powers of two inside, so that few programs are
-    compiled; temperature, top_k, top_p, key and eos_id compile nothing when they change, only when they are switched on or off.
+    beyond the result, but for attention, which keeps keys and values of both. Prompt lengths, ``max_new_tokens`` and their sum
+    are rounded up to powers of two inside, so that few programs are compiled; temperature, top_k, top_p, key and eos_id compile
+    nothing when they change, only when they are switched on or off.
 
     Args:
         prompts: integer array [B, L], or a list of token lists of unequal lengths.
@@ -76,7 +77,7 @@ def generate(
     decoder = decoder or make_decoder(model, params)
     if window is not None:
         return require_tokens(windowed(model, params, decoder, rows, settings, max_new_tokens, window))
-    progress = begin(model, params, decoder, rows, settings, prefill_chunk)
+    progress = begin(model, params, decoder, rows, settings, prefill_chunk, capacity_for(rows, max_new_tokens))
     first = np.array(progress.token_B)[:, None]  # a copy: the buffer is donated next
     if max_new_tokens == 1:
         return require_tokens(first)
@@ -116,6 +117,11 @@ def check_room(model: LanguageModel, prompts: list[Int32[np.ndarray, "_"]], max_
         )
 
 
+def capacity_for(prompts: list[Int32[np.ndarray, "_"]], max_new_tokens: int) -> int:
+    """Room for the longest prompt and its continuation; one of few numbers, so that few programs are compiled."""
+    return bucket(max(len(prompt) for prompt in prompts) + max_new_tokens)
+
+
 def begin(
     model: LanguageModel,
     params: Params,
@@ -123,17 +129,18 @@ def begin(
     prompts: list[Int32[np.ndarray, "_"]],
     settings: Settings,
     prefill_chunk: int,
+    capacity: int,
 ) -> Progress:
-    """Reads the prompts and chooses the first new token of each lane."""
-    state, features_BD = _nothing_read(model, len(prompts))
+    """Reads the prompts and chooses the first new token of each lane; the state has room for ``capacity`` tokens."""
+    state, features_BD = _nothing_read(model, len(prompts), capacity)
     for tokens, positions in pieces(prompts, prefill_chunk):
         state, features_BD = _prefill(model, params, tokens, positions, state, features_BD)
     return _first_token(model, decoder, state, features_BD, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch"))
-def _nothing_read(model: LanguageModel, batch: int) -> tuple[LMState, Float[Array, "B D"]]:
-    return model.init_state(batch), jnp.zeros((batch, model.config.d_model), model.config.dtype)
+@functools.partial(jax.jit, static_argnames=("model", "batch", "capacity"))
+def _nothing_read(model: LanguageModel, batch: int, capacity: int) -> tuple[LMState, Float[Array, "B D"]]:
+    return model.init_state(batch, capacity), jnp.zeros((batch, model.config.d_model), model.config.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state", "features_BD"))

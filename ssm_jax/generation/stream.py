@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key
 
 from ssm_jax.generation.decoder import Decoder, make_decoder
-from ssm_jax.generation.generate import begin, check_room, decode, require_tokens
+from ssm_jax.generation.generate import begin, capacity_for, check_room, decode, require_tokens
 from ssm_jax.generation.prompt import check_prompts
 from ssm_jax.generation.settings import PREFILL_CHUNK, check_settings
 from ssm_jax.models import LanguageModel
@@ -40,7 +40,7 @@ def stream(
 
     def blocks() -> Iterator[Int32[np.ndarray, "n"]]:
         parts = decoder or make_decoder(model, params)
-        progress = begin(model, params, parts, rows, settings, prefill_chunk)
+        progress = begin(model, params, parts, rows, settings, prefill_chunk, capacity_for(rows, max_new_tokens))
         yield require_tokens(np.array(progress.token_B)[None])[0]  # a copy: the buffer is donated next
         made = 1
         while made < max_new_tokens and not bool(progress.done_B[0]):

@@ -5,6 +5,7 @@ from ssm_jax.models.dense_mamba import DenseMambaConfig
 from ssm_jax.models.dense_retnet import DenseRetNetConfig
 from ssm_jax.models.gpt2 import GPT2Config
 from ssm_jax.models.gss import GSSConfig
+from ssm_jax.models.llama import LlamaConfig
 from ssm_jax.models.lm import LanguageModel
 from ssm_jax.models.mamba import MambaConfig
 from ssm_jax.models.mamba2 import Mamba2Config
@@ -19,6 +20,7 @@ __all__ = [
     "GPT2Config",
     "GSSConfig",
     "LanguageModel",
+    "LlamaConfig",
     "Mamba2Config",
     "MambaConfig",
     "RetNetConfig",

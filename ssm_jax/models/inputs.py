@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ssm_jax.nn.state import LMState
+from ssm_jax.nn.state import LMState, capacity
 
 
 def check_inputs(tokens: Array, positions: Array | None, rows: int) -> None:
@@ -41,23 +41,34 @@ def check_inputs(tokens: Array, positions: Array | None, rows: int) -> None:
 
 
 def check_length(tokens: Array, positions: Array | None, state: LMState | None, limit: int | None) -> None:
-    """That a model with a limited context does not read beyond it: always where shapes tell, else where values can be read.
+    """That a model with a limited context does not read beyond it, nor beyond the room that its state has: always where shapes
+    tell, else where values can be read.
 
     Raises:
-        ValueError: a document longer than the limit.
+        ValueError: a document longer than the limit, or than ``init_state`` was told.
     """
-    if limit is None:
+    room = None if state is None else capacity(state)
+    if limit is None and room is None:
         return
-    if positions is not None:
-        longest = int(np.max(np.asarray(positions), initial=-1)) + 1 if _readable(positions) else 0
-    else:
-        start = state.position if state is not None else jnp.zeros((1,), jnp.int32)
-        longest = tokens.shape[1] + (int(np.max(np.asarray(start), initial=0)) if _readable(start) else 0)
-    if longest > limit:
+    longest = _longest(tokens, positions, state)
+    if limit is not None and longest > limit:
         raise ValueError(
             f"A document of {longest} tokens is longer than the {limit} positions of this model; cut it into pieces of at most "
             f"{limit} tokens, each with positions from 0."
         )
+    if room is not None and longest > room:
+        raise ValueError(
+            f"A document of {longest} tokens does not fit into a state made by init_state(capacity={room}); begin with one that "
+            f"has capacity={longest} or more."
+        )
+
+
+def _longest(tokens: Array, positions: Array | None, state: LMState | None) -> int:
+    """Tokens of the longest document after this call, as far as it can be known."""
+    if positions is not None:
+        return int(np.max(np.asarray(positions), initial=-1)) + 1 if _readable(positions) else 0
+    start = state.position if state is not None else jnp.zeros((1,), jnp.int32)
+    return tokens.shape[1] + (int(np.max(np.asarray(start), initial=0)) if _readable(start) else 0)
 
 
 def _readable(array: object) -> bool:

@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         }
         self.embed = nn.Embed(config.padded_vocab_size, config.d_model, **table)
         limit = family.context_limit(config)
-        if limit is not None:
+        if limit is not None and family.learned_positions:
             self.embed_position = nn.Embed(limit, config.d_model, **table)
         self.norm_embed = family.embedding_norm(config)
         self.layers = family.layer(config)
@@ -78,8 +78,9 @@ class LanguageModel(nn.Module):
             deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
 
         Raises:
-            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table
-                and a -1 that is not at the end of its row. Inside ``jit`` the former gives NaN, the latter is undefined.
+            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table, a
+                document longer than the model's context or the state's capacity, and a -1 that is not at the end of its row.
+                Inside ``jit`` the former two give NaN, the latter is undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
         if logits == "none":
@@ -132,11 +133,10 @@ class LanguageModel(nn.Module):
     def _embedded(
         self, tokens: Tokens, state: LMState | None, positions: Positions | None
     ) -> tuple[Activations, Int[Array, "B"]]:
-        """The stream that enters the first layer, and the position after the last token. Beyond a table is NaN."""
-        batch, length = tokens.shape
+        """The stream that enters the first layer, and the position after the last token. Beyond table or context is NaN."""
+        family, (batch, length) = registry.family_of(self.config), tokens.shape
         rows = self.config.padded_vocab_size
         known = (tokens >= 0) & (tokens < rows)
-        family = registry.family_of(self.config)
         h_BLD = self.embed(jnp.where(known, tokens, rows))
         scale = family.embedding_scale(self.config)
         if scale != 1:
@@ -144,9 +144,12 @@ class LanguageModel(nn.Module):
         if self.norm_embed is not None:
             h_BLD = self.norm_embed(h_BLD).astype(h_BLD.dtype)
         start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
-        if family.context_limit(self.config) is not None:
+        limit = family.context_limit(self.config)
+        if limit is not None:
             place_BL = positions_lib.resolve(start_B, length, positions)
-            h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
+            h_BLD = jnp.where((place_BL < limit)[..., None], h_BLD, jnp.nan)
+            if family.learned_positions:
+                h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
         return h_BLD, positions_lib.next_positions(start_B, length, positions)
 
     def _normed(self, h_BLD: Activations) -> Activations:
@@ -159,10 +162,20 @@ class LanguageModel(nn.Module):
         return jnp.einsum("bld,vd->blv", features_BLD, embedding_VD, preferred_element_type=jnp.float32)
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> LMState:
-        """The state before any token: zeros, of a size that does not depend on how much will be read."""
+    def init_state(self, batch_size: int, capacity: int | None = None) -> LMState:
+        """The state before any token: zeros, of a size that does not depend on how much will be read.
+
+        Args:
+            capacity: tokens of the longest document that will be read, where layers attend: they keep that many keys and values.
+                None makes room for all that the model can reach. Recurrent layers have room for everything.
+
+        Raises:
+            ValueError: a capacity below 1.
+        """
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity is {capacity}; it must be at least 1, or None.")
         family = registry.family_of(self.config)
-        layer = family.layer(self.config).init_state(batch_size)
+        layer = family.layer(self.config).init_state(batch_size, capacity)
         return LMState(
             layers=stack_layers(layer, family.repeats(self.config)), position=jnp.zeros((batch_size,), jnp.int32)
         )

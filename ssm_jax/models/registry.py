@@ -9,7 +9,7 @@ from flax.typing import Initializer
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gss, mamba, mamba2, retnet
+from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gss, llama, mamba, mamba2, retnet
 from ssm_jax.models.common import layer_norm, rms_norm
 from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
@@ -23,8 +23,9 @@ class Family:
     flops_per_token: (config, context) -> multiply-adds counted twice, of one forward pass.
     final_norm: what stands between the last layer and the head; None for nothing.
     embedding_std: config -> that of the new token table. embedding_scale: what token vectors are multiplied with.
-    embedding_norm: what follows; None for nothing. head_init: initialiser of an untied head.
-    context_limit: rows of the table of learned positions, which no document may exceed; None where there is none.
+    embedding_norm: what follows; None for nothing. head_init: initialiser of a head of its own.
+    context_limit: tokens that no document may exceed; None where there is no limit. learned_positions: whether they are the rows
+        of a table that is added to the tokens'.
     derive: (config, params, length, documents) -> params with more leaves, which follow from them alone and which the layers use
         in their place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for
         single tokens; ``documents``: whether rows come with positions.
@@ -42,6 +43,7 @@ class Family:
     embedding_norm: Callable[[Any], nn.Module | None] = lambda config: None
     head_init: Initializer = initializers.torch_linear
     context_limit: Callable[[Any], int | None] = lambda config: None
+    learned_positions: bool = False
     derive: Callable[[Any, Params, int | None, bool], Params] = lambda config, params, length, documents: params
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -88,6 +90,16 @@ FAMILIES: dict[str, Family] = {
         gpt2.flops_per_token,
         final_norm=layer_norm,
         context_limit=lambda config: config.n_positions,
+        learned_positions=True,
+    ),
+    "llama": Family(
+        llama.LlamaConfig,
+        llama.layer,
+        llama.PRESETS,
+        llama.flops_per_token,
+        head_init=llama.INIT,
+        context_limit=lambda config: config.n_positions,
+        aliases=llama.ALIASES,
     ),
 }
 

@@ -7,7 +7,6 @@ from flax import linen as nn
 
 from ssm_jax.models.common import kinds, layer_norm, require, require_rate, rms_norm, round_up
 from ssm_jax.nn import initializers
-from ssm_jax.nn.gated_mlp import GatedMLP
 from ssm_jax.nn.mixers import Retention
 from ssm_jax.nn.mlp import MLP
 from ssm_jax.nn.transformer_block import TransformerBlock
@@ -104,11 +103,17 @@ def layer(config: RetNetConfig) -> TransformerBlock:
     )
     smaller = initializers.scaled_torch_linear(beta)
     inner_norm = {"layer": layer_norm, "rms": rms_norm}[config.mlp_norm](config) if config.mlp_norm else None
-    shape: dict[str, Any] = {"width": config.d_mlp, "activation": config.activation, **kinds(config)}
-    mlp: nn.Module = (
-        GatedMLP(gate_init=smaller, out_init=smaller, **shape)
-        if config.mlp == "glu"
-        else MLP(norm=inner_norm, kernel_init=smaller, out_init=smaller, **shape)
+    gated = config.mlp == "glu"
+    mlp = MLP(
+        width=config.d_mlp,
+        activation=config.activation,
+        gated=gated,
+        bias=not gated,
+        norm=inner_norm,
+        kernel_init=initializers.torch_linear if gated else smaller,
+        gate_init=smaller,
+        out_init=smaller,
+        **kinds(config),
     )
     return TransformerBlock(
         norm=rms_norm(config),

@@ -23,9 +23,9 @@ class Block(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> PyTree:
+    def init_state(self, batch_size: int, capacity: int | None = None) -> PyTree:
         """Zeros: the mixer's state before any token."""
-        return self.mixer.init_state(batch_size)
+        return self.mixer.init_state(batch_size, capacity)
 
     @nn.compact
     def __call__(

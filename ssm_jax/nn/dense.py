@@ -39,7 +39,7 @@ class Stream(NamedTuple):
 class DenseMixer(Protocol):
     """A mixer with a second way to be called."""
 
-    def init_state(self, batch_size: int) -> PyTree:
+    def init_state(self, batch_size: int, capacity: int | None = None) -> PyTree:
         """As every mixer's."""
 
     def features_like(self, x_BLD: Activations) -> PyTree:
@@ -60,9 +60,9 @@ class DenseBlock(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> PyTree:
+    def init_state(self, batch_size: int, capacity: int | None = None) -> PyTree:
         """Zeros: the mixer's state before any token."""
-        return self.mixer.init_state(batch_size)
+        return self.mixer.init_state(batch_size, capacity)
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block."""
+"""The perceptron of a transformer block."""
 
 import functools
 from collections.abc import Callable
@@ -26,15 +26,18 @@ class MLP(nn.Module):
 
     Attributes:
         width: of the layer between. activation: a key of ``ACTIVATIONS``.
+        gated: norm((activation(x W_gate + b) * (x W_up + b))) W_down + b instead (Shazeer 2020, arXiv:2002.05202).
         norm: of the layer between; None for nothing.
-        kernel_init, out_init: initialisers of ``up_proj`` and ``down_proj``.
+        kernel_init, gate_init, out_init: initialisers of ``up_proj``, of ``gate_proj`` (None: the same) and of ``down_proj``.
     """
 
     width: int
     activation: str = "gelu"
+    gated: bool = False
     bias: bool = True
     norm: nn.Module | None = None
     kernel_init: Initializer = initializers.torch_linear
+    gate_init: Initializer | None = None
     out_init: Initializer = initializers.torch_linear
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -42,8 +45,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Activations) -> Activations:
         kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        activation = ACTIVATIONS[self.activation]
         hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
-        hidden = ACTIVATIONS[self.activation](hidden)
+        if self.gated:
+            init = self.gate_init or self.kernel_init
+            gate = nn.Dense(self.width, kernel_init=init, name="gate_proj", **kinds)(x_BLD)
+            hidden = activation(gate) * hidden
+        else:
+            hidden = activation(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return nn.Dense(x_BLD.shape[-1], kernel_init=self.out_init, name="down_proj", **kinds)(hidden)

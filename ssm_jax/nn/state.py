@@ -66,19 +66,26 @@ class DSSState:
 class AttentionState:
     """State of an attention layer over blocks of W tokens, float32.
 
-    k, v: keys (rotated, if they are) and values of the last W-1 tokens, oldest first, [B, H, W-1, P]; zero where the next token
-        does not reach: before its document and before its block.
+    k, v: keys (rotated, if they are) and values by their place in the block, [B, G, S, P], S <= W; see ``nn.key_cache``.
     position: of the next token in its document, int32 [B].
+    block: W, no leaf.
     """
 
     k: Any
     v: Any
     position: Any
+    block: int = struct.field(pytree_node=False)
     AXES: ClassVar[dict[str, Axes]] = {
-        "k": ("batch", "heads", "window", "head_dim"),
-        "v": ("batch", "heads", "window", "head_dim"),
+        "k": ("batch", "heads", "places", "head_dim"),
+        "v": ("batch", "heads", "places", "head_dim"),
         "position": ("batch",),
     }
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens of a document that there is room for: S where blocks are longer, else None, for as many as there may be."""
+        places = self.k.shape[-2]
+        return places if places < self.block else None
 
 
 @struct.dataclass
@@ -112,7 +119,7 @@ def logical_axes(state: S) -> S:
 
     def walk(node: Any, prefix: Axes) -> Any:
         if hasattr(node, "AXES"):
-            return type(node)(**{name: walk(getattr(node, name), prefix + axes) for name, axes in node.AXES.items()})
+            return node.replace(**{name: walk(getattr(node, name), prefix + axes) for name, axes in node.AXES.items()})
         if isinstance(node, dict):
             return {key: walk(item, prefix) for key, item in node.items()}
         if isinstance(node, (tuple, list)):
@@ -120,6 +127,13 @@ def logical_axes(state: S) -> S:
         return prefix
 
     return walk(state, ())
+
+
+def capacity(state: PyTree) -> int | None:
+    """Tokens of a document that every layer of a state has room for; None where there is no end to them."""
+    layers = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AttentionState))
+    limits = [layer.capacity for layer in layers if isinstance(layer, AttentionState)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:

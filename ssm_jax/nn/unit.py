@@ -11,9 +11,9 @@ class Unit(nn.Module):
     members: tuple[nn.Module, ...]
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> PyTree:
+    def init_state(self, batch_size: int, capacity: int | None = None) -> PyTree:
         """Each member's state before any token."""
-        return tuple(member.init_state(batch_size) for member in self.members)
+        return tuple(member.init_state(batch_size, capacity) for member in self.members)
 
     @nn.compact
     def __call__(

@@ -13,81 +13,85 @@ from jaxtyping import Array, Bool, Float, Int
 
 def attention(
     q_BLHP: Float[Array, "B L H P"],
-    k_BSHP: Float[Array, "B S H P"],
-    v_BSHP: Float[Array, "B S H P"],
+    k_BSGP: Float[Array, "B S G P"],
+    v_BSGP: Float[Array, "B S G P"],
     reach_BL: Int[Array, "B L"],
     *,
     window: int,
 ) -> Float[Array, "B L H P"]:
     """Attention of each query to the ``reach_BL`` keys before its own and to its own, in q's dtype; float32 softmax.
 
+    Head h looks at the keys and values of group h // (H / G).
+
     A key out of reach has no influence at all, a NaN included, forward or backward. A key or value in reach that is not finite
     makes the result NaN.
 
     Args:
-        k_BSHP, v_BSHP: S >= L, time-ordered; the last L are those of the queries.
+        k_BSGP, v_BSGP: S >= L, time-ordered; G divides H; the last L are those of the queries.
         reach_BL: 0 <= reach < window. What reaches before the first key sees the keys that are there.
         window: W. Up to W queries make one product with all keys; more are taken W at a time with the 2 W keys that end with
             theirs, so that time and memory grow with L W and not with L S.
     """
     length = q_BLHP.shape[1]
     if length <= window:
-        return _attend(q_BLHP, k_BSHP, v_BSHP, reach_BL)
+        return _attend(q_BLHP, k_BSGP, v_BSGP, reach_BL)
     blocks = -(-length // window)
     after = blocks * window - length
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, window, *x.shape[2:])
 
-    def bands(x_BSHP: Array) -> Array:
-        before = window + length - x_BSHP.shape[1]  # negative: more keys than any query reaches
-        x_BSHP = x_BSHP[:, max(-before, 0) :]
-        x = split(jnp.pad(x_BSHP, ((0, 0), (max(before, 0), after), (0, 0), (0, 0))))
+    def bands(x_BSGP: Array) -> Array:
+        before = window + length - x_BSGP.shape[1]  # negative: more keys than any query reaches
+        x_BSGP = x_BSGP[:, max(-before, 0) :]
+        x = split(jnp.pad(x_BSGP, ((0, 0), (max(before, 0), after), (0, 0), (0, 0))))
         return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
     q = split(jnp.pad(q_BLHP, ((0, 0), (0, after), (0, 0), (0, 0))))
     reach = split(jnp.pad(reach_BL, ((0, 0), (0, after))))
-    y = jax.vmap(_attend, in_axes=1, out_axes=1)(q, bands(k_BSHP), bands(v_BSHP), reach)
+    y = jax.vmap(_attend, in_axes=1, out_axes=1)(q, bands(k_BSGP), bands(v_BSGP), reach)
     return y.reshape(q.shape[0], blocks * window, *q.shape[3:])[:, :length]
 
 
 def attention_step(
     q_BHP: Float[Array, "B H P"],
-    k_BHP: Float[Array, "B H P"],
-    v_BHP: Float[Array, "B H P"],
-    past_k_BHSP: Float[Array, "B H S P"],
-    past_v_BHSP: Float[Array, "B H S P"],
-    reach_B: Int[Array, "B"],
+    k_BGSP: Float[Array, "B G S P"],
+    v_BGSP: Float[Array, "B G S P"],
+    place_B: Int[Array, "B"],
 ) -> Float[Array, "B H P"]:
-    """``attention`` of one token to itself and to the last ``reach_B`` of S keys, which are laid out for matrix-vector products.
+    """``attention`` of one token to the rows 0 ... ``place_B`` of S keys, its own among them, laid out for matrix-vector products.
 
-    Past rows out of reach must be finite: their weight is zero, and nothing else is done about them.
+    Values in the other rows must be finite: their weight is zero, and nothing else is done about them.
     """
     wide = jnp.promote_types(q_BHP.dtype, jnp.float32)
-    keys = past_k_BHSP.shape[2]
-    seen_BS = jnp.arange(keys, 0, -1) <= reach_B[:, None]
-    past = jnp.einsum("bhp,bhsp->bhs", q_BHP, past_k_BHSP, preferred_element_type=wide)
-    own = jnp.einsum("bhp,bhp->bh", q_BHP, k_BHP, preferred_element_type=wide)
-    scores = jnp.concatenate([jnp.where(seen_BS[:, None], past, -jnp.inf), own[..., None]], axis=-1)
-    weights = jax.nn.softmax(scores / math.sqrt(q_BHP.shape[-1]), axis=-1).astype(v_BHP.dtype)
-    y = jnp.einsum("bhs,bhsp->bhp", weights[..., :-1], past_v_BHSP, preferred_element_type=wide)
-    return (y + weights[..., -1:] * v_BHP).astype(q_BHP.dtype)
+    seen_BS = jnp.arange(k_BGSP.shape[2]) <= place_B[:, None]
+    q_BGRP = _grouped(q_BHP, k_BGSP.shape[1])
+    scores = jnp.einsum("bgrp,bgsp->bgrs", q_BGRP, k_BGSP, preferred_element_type=wide) / math.sqrt(q_BHP.shape[-1])
+    weights = jax.nn.softmax(jnp.where(seen_BS[:, None, None], scores, -jnp.inf), axis=-1)
+    y_BGRP = jnp.einsum("bgrs,bgsp->bgrp", weights, v_BGSP, preferred_element_type=wide)
+    return y_BGRP.reshape(q_BHP.shape).astype(q_BHP.dtype)
 
 
-def _attend(q_BLHP: Array, k_BSHP: Array, v_BSHP: Array, reach_BL: Array) -> Array:
+def _attend(q_BLHP: Array, k_BSGP: Array, v_BSGP: Array, reach_BL: Array) -> Array:
     """All queries with all keys. The last query is the last key's."""
     wide = jnp.promote_types(q_BLHP.dtype, jnp.float32)
-    length, keys = q_BLHP.shape[1], k_BSHP.shape[1]
+    length, keys = q_BLHP.shape[1], k_BSGP.shape[1]
     distance_LS = jnp.arange(keys - length, keys)[:, None] - jnp.arange(keys)
     seen_BLS = (distance_LS >= 0) & (distance_LS <= reach_BL[..., None])
 
     # In a product with a weight of exactly zero a NaN is still a NaN, so that broken rows are replaced and then accounted for.
-    (q, broken_q), (k, broken_k), (v, broken_v) = _mended(q_BLHP), _mended(k_BSHP), _mended(v_BSHP)
-    scores = jnp.einsum("blhp,bshp->bhls", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(seen_BLS[:, None], scores, -jnp.inf), axis=-1)
-    y = jnp.einsum("bhls,bshp->blhp", weights.astype(v.dtype), v, preferred_element_type=wide)
+    (q, broken_q), (k, broken_k), (v, broken_v) = _mended(q_BLHP), _mended(k_BSGP), _mended(v_BSGP)
+    q_BLGRP = _grouped(q, k.shape[2])
+    scores = jnp.einsum("blgrp,bsgp->bgrls", q_BLGRP, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], scores, -jnp.inf), axis=-1)
+    y_BLGRP = jnp.einsum("bgrls,bsgp->blgrp", weights.astype(v.dtype), v, preferred_element_type=wide)
     broken_BL = broken_q | jnp.any(seen_BLS & (broken_k | broken_v)[:, None], axis=-1)
-    return jnp.where(broken_BL[..., None, None], jnp.nan, y).astype(q_BLHP.dtype)
+    return jnp.where(broken_BL[..., None, None], jnp.nan, y_BLGRP.reshape(q_BLHP.shape)).astype(q_BLHP.dtype)
+
+
+def _grouped(q: Float[Array, "*lead H P"], groups: int) -> Float[Array, "*lead G R P"]:
+    """The heads by the group whose keys they share, R = H / G each."""
+    return q.reshape(*q.shape[:-2], groups, -1, q.shape[-1])
 
 
 def _mended(x_BLHP: Float[Array, "B L H P"]) -> tuple[Float[Array, "B L H P"], Bool[Array, "B L"]]:

@@ -95,14 +95,18 @@ class ModelConformance:
     def test_split_anywhere_equals_whole(self, model: LanguageModel, pieces: tuple[int, ...]) -> None:
         variables, tokens = _variables(model), _tokens(model.config, 2, LENGTH)
         whole, whole_state = _apply(model, variables, tokens)
-        state, outputs, start = model.init_state(2), [], 0
-        for length in pieces:
-            logits, state = _apply(model, variables, tokens[:, start : start + length], state)
-            outputs.append(logits)
-            start += length
-        assert_close(jnp.concatenate(outputs, axis=1), whole, self.tolerance)
+        logits, state = _in_pieces(model, variables, tokens, pieces, model.init_state(2))
+        assert_close(logits, whole, self.tolerance)
         assert_trees_close(state, whole_state, self.tolerance)
         np.testing.assert_array_equal(state.position, LENGTH)
+
+    def test_a_state_with_room_for_what_is_read_gives_the_same(self, model: LanguageModel) -> None:
+        variables, tokens = _variables(model), _tokens(model.config, 2, LENGTH)
+        whole, _ = _apply(model, variables, tokens)
+        logits, _ = _in_pieces(model, variables, tokens, SPLITS["pieces"], model.init_state(2, capacity=LENGTH))
+        assert_close(logits, whole, self.tolerance)
+        with pytest.raises(ValueError, match="capacity is 0; it must be at least 1"):
+            model.init_state(2, capacity=0)
 
     def test_packed_documents_equal_separate_ones(self, model: LanguageModel) -> None:
         variables, (tokens, positions, spans) = _variables(model), _packed(model.config)
@@ -312,6 +316,18 @@ class ModelConformance:
             following = jnp.argmax(logits[:, length - 1, : model.config.vocab_size], axis=-1)
             sequence = jnp.concatenate([sequence, following[:, None].astype(jnp.int32)], axis=1)
         np.testing.assert_array_equal(new, sequence[:, 7:])
+
+
+def _in_pieces(
+    model: LanguageModel, variables: Any, tokens: jax.Array, pieces: tuple[int, ...], state: LMState
+) -> tuple[jax.Array, LMState]:
+    """The logits of consecutive calls, and the last state."""
+    outputs, start = [], 0
+    for length in pieces:
+        logits, state = _apply(model, variables, tokens[:, start : start + length], state)
+        outputs.append(logits)
+        start += length
+    return jnp.concatenate(outputs, axis=1), state
 
 
 def _filled_state(model: LanguageModel, value: float) -> LMState:

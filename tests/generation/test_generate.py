@@ -109,7 +109,7 @@ def test_the_loop_ends_when_every_row_has_ended() -> None:
     settings = check_settings(model, 24, 0.0, None, None, eos, None)
     decoder = make_decoder(model, params)
     rows = check_prompts(PROMPTS[:1], VOCAB)
-    _, progress = decode(model, decoder, begin(model, params, decoder, rows, settings, 64), settings, 23, 32)
+    _, progress = decode(model, decoder, begin(model, params, decoder, rows, settings, 64, 32), settings, 23, 32)
     assert int(progress.step) == first
     assert bool(progress.done_B[0])
 

@@ -16,6 +16,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"d_state": 8, "headdim": 8},
     "gss": {"dss_kernel_N": 8, "dss_kernel_H": 8, "final_norm": True, "pad_vocab_size_multiple": 8},
     "gpt2": {"n_heads": 4, "n_positions": 64, "pad_vocab_size_multiple": 8},
+    "llama": {"n_heads": 4, "n_kv_heads": 2, "d_mlp": 24, "n_positions": 64, "pad_vocab_size_multiple": 8},
 }
 FAMILIES = tuple(FIELDS)
 SCALES = {"gpt2": 2.0, "gss": 3.0}

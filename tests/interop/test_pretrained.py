@@ -18,7 +18,7 @@ from ssm_jax.errors import ConfigError, LayoutError
 from ssm_jax.interop import pretrained
 from ssm_jax.interop.layouts import LAYOUTS
 from ssm_jax.interop.torch_file import read_torch, write_torch
-from ssm_jax.models import GPT2Config, GSSConfig, Mamba2Config, MambaConfig
+from ssm_jax.models import GPT2Config, GSSConfig, LlamaConfig, Mamba2Config, MambaConfig
 from tests.conformance.golden import GOLDENS
 from tests.interop.folders import as_tensors, assert_same, copy_golden, random_params
 
@@ -72,6 +72,20 @@ UNUSUAL = {
         pad_vocab_size_multiple=8,
         dtype="bfloat16",
         remat="full",
+    ),
+    "llama": LlamaConfig(
+        vocab_size=91,
+        d_model=16,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        n_positions=20,
+        d_mlp=24,
+        rope_base=77.0,
+        attention_bias=True,
+        dropout=0.25,
+        pad_vocab_size_multiple=8,
+        dtype="bfloat16",
     ),
 }
 

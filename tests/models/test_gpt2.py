@@ -114,6 +114,27 @@ def test_longer_documents_are_refused_where_values_can_be_read(short: Any) -> No
         model.apply(variables, jnp.zeros((1, 13), jnp.int32), positions=jnp.arange(13)[None])
 
 
+def test_documents_that_a_state_has_no_room_for_are_refused_where_values_can_be_read(short: Any) -> None:
+    model, variables = short
+    state = model.init_state(1, capacity=9)
+    assert state.layers.k.shape[-2] == 9
+    message = (
+        r"A document of 10 tokens does not fit into a state made by init_state\(capacity=9\); .* capacity=10 or more"
+    )
+    for apply in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(ValueError, match=message):
+            apply(variables, jnp.zeros((1, 10), jnp.int32), state)
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, jnp.zeros((1, 10), jnp.int32), state, jnp.arange(10)[None])
+    _, full = model.apply(variables, jnp.zeros((1, 9), jnp.int32), state)
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, jnp.zeros((1, 1), jnp.int32), full)
+    beyond, _ = jax.jit(model.apply)(variables, jnp.zeros((1, 1), jnp.int32), full)
+    assert bool(jnp.isnan(beyond).all())
+    longer = model.init_state(1, capacity=1000)
+    assert longer.layers.k.shape[-2] == 12, "no more than the model reads"
+
+
 def test_longer_documents_are_not_a_number_inside_jit_and_the_next_one_is_whole(short: Any) -> None:
     model, variables = short
     apply = jax.jit(model.apply)

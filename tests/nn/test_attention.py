@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 
 from ssm_jax.nn.mixers import Attention
-from ssm_jax.nn.state import AttentionState
 from ssm_jax.ops.attention import attention
 from tests.conformance.compare import assert_close, assert_trees_close
 from tests.conformance.jaxpr import array_sizes
 
-HEADS, WIDTH, D = 2, 4, 6
+HEADS, WIDTH, D = 2, 4, 6  # the width of the heads together is not that of the model
 DOCUMENTS = (13, 1, 16, 7)
 
 
-def module(block: int, rotary_base: float | None = None, **fields: Any) -> Attention:
-    return Attention(heads=HEADS, head_dim=WIDTH, block=block, bias=True, rotary_base=rotary_base, **fields)
+def module(block: int, rotary_base: float | None = None, heads: int = HEADS, **fields: Any) -> Attention:
+    return Attention(heads=heads, head_dim=WIDTH, block=block, bias=True, rotary_base=rotary_base, **fields)
 
 
-def drawn(block: int = 64, batch: int = 2, length: int = sum(DOCUMENTS)) -> tuple[Any, jax.Array]:
+def drawn(batch: int = 2, length: int = sum(DOCUMENTS), **fields: Any) -> tuple[Any, jax.Array]:
     x = jax.random.normal(jax.random.key(1), (batch, length, D))
-    variables = module(block).init(jax.random.key(0), x)
+    variables = module(64, **fields).init(jax.random.key(0), x)
     leaves, treedef = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return treedef.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]), x
@@ -52,17 +51,17 @@ def oracle(variables: Any, x: np.ndarray, positions: np.ndarray, block: int, bas
         turn = np.exp(1j * angles)[:, None]
         halves = ((z[..., : WIDTH // 2] + 1j * z[..., WIDTH // 2 :]) * turn for z in (q, k))
         q, k = (np.concatenate([z.real, z.imag], axis=-1) for z in halves)
-    y = np.zeros_like(v)
+    y, shared = np.zeros_like(q), q.shape[1] // k.shape[1]
     for t, place in enumerate(positions):
         seen = [
             j
             for j in range(t + 1)
             if document[j] == document[t] and positions[j] // block == place // block and positions[j] <= place
         ]
-        for head in range(HEADS):
-            scores = k[seen, head] @ q[t, head] / np.sqrt(WIDTH)
+        for head in range(q.shape[1]):
+            scores = k[seen, head // shared] @ q[t, head] / np.sqrt(WIDTH)
             weights = np.exp(scores - scores.max())
-            y[t, head] = weights @ v[seen, head] / weights.sum()
+            y[t, head] = weights @ v[seen, head // shared] / weights.sum()
     return np.einsum("lhp,hpd->ld", y, p["out_proj"]["kernel"]) + p["out_proj"]["bias"]
 
 
@@ -71,30 +70,82 @@ def oracle(variables: Any, x: np.ndarray, positions: np.ndarray, block: int, bas
 )
 def test_values_are_those_of_the_oracle(block: int, rotary_base: float | None) -> None:
     variables, x = drawn()
-    mixer = module(block, rotary_base)
+    check_values(module(block, rotary_base), variables, x)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (6, 2), (3, 1), (2, 2)])
+def test_values_with_shared_keys_are_those_of_the_oracle(heads: int, key_heads: int) -> None:
+    shared = {"heads": heads, "key_heads": key_heads}
+    variables, x = drawn(**shared)
+    assert variables["params"]["v_proj"]["kernel"].shape == (D, key_heads, WIDTH)
+    check_values(module(5, 100.0, **shared), variables, x)
+
+
+def check_values(mixer: Attention, variables: Any, x: jax.Array) -> None:
     for positions in (None, packed()):
         y, _ = run(mixer, variables, x, None, positions)
         places = np.arange(x.shape[1]) if positions is None else np.asarray(positions[0])
         for lane in range(2):
-            assert_close(y[lane], oracle(variables, x[lane], places, block, rotary_base), 5e-5)
+            assert_close(y[lane], oracle(variables, x[lane], places, mixer.block, mixer.rotary_base), 5e-5)
 
 
-@pytest.mark.parametrize(
-    ("block", "pieces"), [(1, (36, 1)), (5, (1, 36)), (5, (5, 1, 1, 23, 7)), (8, (12, 25)), (64, (5, 1, 1, 23, 7))]
-)
+SPLITS = [(1, (36, 1)), (5, (1, 36)), (5, (5, 1, 1, 23, 7)), (8, (12, 25)), (8, (1,) * 37), (64, (5, 1, 1, 23, 7))]
+
+
+@pytest.mark.parametrize(("block", "pieces"), SPLITS)
 def test_split_anywhere_equals_whole(block: int, pieces: tuple[int, ...]) -> None:
-    variables, x = drawn()
-    mixer = module(block, 100.0)
+    shared = {"heads": 2, "key_heads": 1}
+    variables, x = drawn(**shared)
+    mixer = module(block, 100.0, **shared)
     for positions in (None, packed()):
         whole, expected = run(mixer, variables, x, None, positions)
-        state, outputs, start = mixer.init_state(2), [], 0
-        for length in pieces:
-            part = slice(start, start + length)
-            y, state = run(mixer, variables, x[:, part], state, None if positions is None else positions[:, part])
-            outputs.append(y)
-            start += length
-        assert_close(jnp.concatenate(outputs, axis=1), whole, 2e-5)
+        got, state = in_pieces(mixer, variables, x, positions, pieces, mixer.init_state(2))
+        assert_close(got, whole, 2e-5)
         assert_trees_close(state, expected, 2e-6)
+
+
+def in_pieces(
+    mixer: Attention, variables: Any, x: jax.Array, positions: Any, pieces: tuple[int, ...], state: Any
+) -> tuple[jax.Array, Any]:
+    outputs, start = [], 0
+    for length in pieces:
+        part = slice(start, start + length)
+        y, state = run(mixer, variables, x[:, part], state, None if positions is None else positions[:, part])
+        outputs.append(y)
+        start += length
+    return jnp.concatenate(outputs, axis=1), state
+
+
+@pytest.mark.parametrize(("block", "capacity"), [(64, 37), (8, 100)])
+@pytest.mark.parametrize("pieces", [(5, 1, 1, 23, 7), (1,) * 37], ids=str)
+def test_a_state_with_room_for_what_is_read_gives_the_same(block: int, capacity: int, pieces: tuple[int, ...]) -> None:
+    variables, x = drawn()
+    mixer = module(block, 100.0)
+    fresh = mixer.init_state(2, capacity)
+    assert fresh.k.shape == (2, HEADS, min(block, capacity), WIDTH)
+    for positions in (None, packed()):
+        whole, _ = run(mixer, variables, x, None, positions)
+        got, state = in_pieces(mixer, variables, x, positions, pieces, fresh)
+        assert_close(got, whole, 2e-5)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, fresh)
+
+
+@pytest.mark.parametrize("pieces", [(37,), (9, 28), (1,) * 37], ids=str)
+def test_beyond_the_capacity_is_not_a_number_and_the_next_document_is_whole(pieces: tuple[int, ...]) -> None:
+    variables, x = drawn()
+    mixer, room = module(64, 100.0), 12
+    whole, _ = run(mixer, variables, x, None, packed())
+    got, state = in_pieces(mixer, variables, x, packed(), pieces, mixer.init_state(2, room))
+    beyond = np.asarray(packed()[0] >= room)
+    assert bool(jnp.isnan(got[:, beyond]).all())
+    assert_close(got[:, ~beyond], whole[:, ~beyond], 2e-5)
+    assert bool(jnp.isfinite(state.k).all())
+    beyond = np.arange(x.shape[1]) >= room
+    got, full = in_pieces(mixer, variables, x, None, pieces, mixer.init_state(2, room))
+    assert bool(jnp.isnan(got[:, beyond]).all())
+    assert bool(jnp.isfinite(got[:, ~beyond]).all())
+    _, expected = run(mixer, variables, x[:, :room], mixer.init_state(2, room))
+    assert_trees_close((full.k, full.v), (expected.k, expected.v), 2e-6)
 
 
 @pytest.mark.parametrize("block", [5, 64])
@@ -117,19 +168,30 @@ def test_absent_tokens_leave_the_state_untouched(block: int) -> None:
         assert_trees_close(got, expected, 2e-6)
 
 
-def test_the_state_holds_what_the_next_token_reaches_and_zeros() -> None:
+def test_a_single_absent_token_leaves_the_state_untouched() -> None:
+    variables, x = drawn(length=7)
+    mixer = module(8)
+    _, state = run(mixer, variables, x[:, :6])
+    _, after = run(mixer, variables, x[:, 6:], state, jnp.asarray([[6], [-1]]))
+    _, expected = run(mixer, variables, x[:, 6:], state)
+    for lane, reference in enumerate((expected, state)):
+        got, wanted = (jax.tree.map(lambda leaf, lane=lane: leaf[lane], tree) for tree in (after, reference))
+        assert_trees_close(got, wanted, 0.0)
+
+
+def test_the_state_holds_the_last_token_at_every_place() -> None:
     variables, x = drawn(length=11)
-    _, state = run(module(8), variables, x)
-    assert state.k.shape == (2, HEADS, 7, WIDTH)
-    np.testing.assert_array_equal(state.position, 11)
-    assert not state.k[:, :, :4].any()
-    assert not state.v[:, :, :4].any()
-    assert state.k[:, :, 4:].all()
+    positions = jnp.asarray([[*range(11)], [*range(7), *range(4)]])
+    _, state = run(module(8), variables, x, None, positions)
+    assert state.k.shape == (2, HEADS, 8, WIDTH)
+    np.testing.assert_array_equal(state.position, [11, 4])
     p = variables["params"]["v_proj"]
-    expected = jnp.einsum("bld,dhp->bhlp", x[:, 8:], p["kernel"]) + p["bias"][:, None]
-    assert_close(state.v[:, :, 4:], expected, 1e-5)
-    _, state = run(module(8), variables, x[:, :8])
-    assert not state.k.any(), "the next token starts a block"
+    values = jnp.einsum("bld,dhp->bhlp", x, p["kernel"]) + p["bias"][:, None]
+    assert_close(state.v[0], values[0][:, [8, 9, 10, 3, 4, 5, 6, 7]], 1e-5)
+    assert_close(state.v[1, :, :4], values[1][:, 7:], 1e-5)
+    assert state.k.any(axis=(1, 3))[0].all()
+    for cache in (state.k, state.v):
+        assert not cache[1, :, 4:].any(), "nothing of another document"
 
 
 @pytest.mark.parametrize("block", [5, 64])
@@ -159,12 +221,24 @@ def test_what_is_not_a_number_stays_in_its_document_and_block(block: int) -> Non
         np.testing.assert_array_equal(one[~affected], other[~affected])
 
 
+def test_what_is_not_a_number_stays_in_its_block_token_by_token() -> None:
+    variables, x = drawn()
+    mixer = module(8, 100.0)
+    bad = x.at[0, 3].set(jnp.nan).at[1, 14].set(jnp.inf)
+    got, state = in_pieces(mixer, variables, bad, None, (1,) * x.shape[1], mixer.init_state(2))
+    expected, _ = run(mixer, variables, bad)
+    np.testing.assert_array_equal(jnp.isnan(got), jnp.isnan(expected))
+    assert int(jnp.isnan(got[..., 0]).sum()) == (8 - 3) + (16 - 14)
+    again, _ = run(mixer, variables, x[:, :9], state, jnp.arange(9)[None].repeat(2, 0))
+    assert_close(again, run(mixer, variables, x[:, :9])[0], 2e-5)
+
+
 @pytest.mark.parametrize("length", [1, 12])
 def test_a_document_start_clears_a_broken_lane(length: int) -> None:
     variables, x = drawn(length=length)
     mixer = module(8)
     fresh = mixer.init_state(2)
-    broken = AttentionState(k=fresh.k + jnp.nan, v=fresh.v + jnp.inf, position=fresh.position + 5)
+    broken = fresh.replace(k=fresh.k + jnp.nan, v=fresh.v + jnp.inf, position=fresh.position + 5)
     positions = jnp.arange(length)[None].repeat(2, 0)
     assert_trees_close(run(mixer, variables, x, broken, positions), run(mixer, variables, x, fresh, positions), 0.0)
 
@@ -208,3 +282,25 @@ def test_no_array_of_length_by_length(with_state: bool) -> None:
 
     size, what, _ = array_sizes(jax.grad(loss), variables, x)[0]
     assert size <= length * 2 * block * HEADS * WIDTH + block**2 * HEADS * WIDTH, what
+
+
+def test_a_token_writes_its_row_and_moves_nothing() -> None:
+    """In the jaxpr, and in the program, which works in the caches that it is given."""
+    mixer, (variables, x) = module(512, 100.0), drawn(length=1)
+    state = mixer.init_state(2)
+    writers = {name for size, _, name in array_sizes(mixer.apply, variables, x, state) if size >= state.k.size}
+    assert writers == {"scatter"}
+    step = jax.jit(lambda state: mixer.apply(variables, x, state), donate_argnums=0)
+    memory = step.lower(state).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < state.k.nbytes
+
+
+def test_a_state_that_nobody_wants_is_not_made() -> None:
+    block = 1009
+    mixer, (variables, x) = module(block), drawn()
+
+    def loss(variables: Any) -> jax.Array:
+        return jnp.sum(mixer.apply(variables, x)[0])
+
+    for function in (loss, jax.grad(loss)):
+        assert f",{block}" not in jax.jit(function).lower(variables).compile().as_text()

@@ -27,6 +27,7 @@ def small_model(family: str = "mamba") -> LanguageModel:
         "mamba": {},
         "mamba2": {"headdim": 4, "d_state": 8, "ngroups": 2},
         "gpt2": {"n_heads": 4, "n_positions": LENGTH},
+        "llama": {"n_heads": 4, "n_kv_heads": 2, "n_positions": LENGTH},
     }
     return ssm_jax.build(family, vocab_size=VOCAB, d_model=16, n_layers=2, **extra[family])
 
@@ -99,6 +100,7 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch() -> None:
         pytest.param("mamba", {"data": 1, "tensor": 8}, marks=pytest.mark.slow),
         ("mamba", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("mamba2", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("llama", {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
 )
 def test_sharded_equals_unsharded(family: str, sizes: dict[str, int]) -> None:
@@ -211,6 +213,7 @@ def test_weight_decay_of_the_real_models() -> None:
             "q_proj/bias", "k_proj/bias", "v_proj/bias", "out_proj/bias", "up_proj/bias", "down_proj/bias", "norm_f/scale",
             "norm_f/bias", "layers/norm/scale", "layers/norm/bias", "mlp_norm/scale", "mlp_norm/bias",
         },
+        "llama": {"norm_f/scale", "layers/norm/scale", "mlp_norm/scale"},
     }  # fmt: skip
     for family, endings in kept_out.items():
         params = jax.eval_shape(small_model(family).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -11,7 +11,7 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import dense_mamba, dense_ssm, gpt2, gss, mamba_ssm, mistral, retnet, transformers
+from ssm_jax.interop.layouts import dense_mamba, dense_ssm, gpt2, gss, llama, mamba_ssm, mistral, retnet, transformers
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -29,6 +29,7 @@ LAYOUTS: tuple[Layout, ...] = (
     dense_ssm.GITHUB,
     gpt2.TRANSFORMERS,
     gpt2.OPENAI,
+    llama.TRANSFORMERS,
 )
 
 

@@ -7,14 +7,17 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
-from ssm_jax.nn import initializers
+from ssm_jax.nn import initializers, key_cache
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.rotary import geometric, rotate
 from ssm_jax.nn.state import AttentionState
 from ssm_jax.ops.attention import attention, attention_step
-from ssm_jax.typing import Activations, Lengths, Positions
+from ssm_jax.ops.resets import clear
+from ssm_jax.typing import Activations, Positions
 
 _Heads = Float[Array, "B L H P"]
+_Keys = Float[Array, "B L G P"]
+_Caches = tuple[key_cache.Cache, key_cache.Cache]
 
 
 class Attention(nn.Module):
@@ -24,12 +27,14 @@ class Attention(nn.Module):
 
     W at least as long as any document is ordinary causal attention; a smaller W is attention over chunks that do not overlap
     (as in the hybrid of Mehta et al. 2022, arXiv:2206.13947: chunks of 512). Rotary angles are those of the place p mod W, which
-    never changes within a block, so that keys are kept rotated.
+    never changes within a block, so that keys are kept rotated. With fewer key heads than heads, each serves H / G of them
+    (grouped queries: Ainslie et al. 2023, arXiv:2305.13245).
 
-    Positions go up by one from token to token, from 0 or from where the state stands.
+    Positions go up by one from token to token, from 0 or from where the state stands. Beyond the capacity of the state the
+    result is NaN.
 
     Attributes:
-        heads: H. head_dim: P. block: W.
+        heads: H. head_dim: P. block: W. key_heads: G, None for H.
         bias: whether the four projections carry a bias.
         rotary_base: of the rotary angles (10,000 is usual); None turns nothing.
         kernel_init, out_init: initialisers of q, k, v and of the output projection.
@@ -38,6 +43,7 @@ class Attention(nn.Module):
     heads: int
     head_dim: int
     block: int
+    key_heads: int | None = None
     bias: bool = False
     rotary_base: float | None = None
     kernel_init: Initializer = initializers.torch_linear
@@ -46,10 +52,11 @@ class Attention(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> AttentionState:
-        """Zeros: the state before any token."""
-        window = jnp.zeros((batch_size, self.heads, self.block - 1, self.head_dim), jnp.float32)
-        return AttentionState(k=window, v=window, position=jnp.zeros((batch_size,), jnp.int32))
+    def init_state(self, batch_size: int, capacity: int | None = None) -> AttentionState:
+        """Zeros: the state before any token, with room for documents of ``capacity`` tokens; None: of any length."""
+        places = self.block if capacity is None else min(capacity, self.block)
+        cache = jnp.zeros((batch_size, self.key_heads or self.heads, places, self.head_dim), jnp.float32)
+        return AttentionState(k=cache, v=cache, position=jnp.zeros((batch_size,), jnp.int32), block=self.block)
 
     @nn.compact
     def __call__(
@@ -57,64 +64,57 @@ class Attention(nn.Module):
     ) -> tuple[Activations, AttentionState]:
         batch, length, d_model = x_BLD.shape
         kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        start_B = state.position if state else jnp.zeros((batch,), jnp.int32)
-        place_BL = jnp.maximum(positions_lib.resolve(start_B, length, positions), 0) % self.block
+        before = self.init_state(batch) if state is None else state
+        position_BL = jnp.maximum(positions_lib.resolve(before.position, length, positions), 0)
+        place_BL = position_BL % self.block
 
-        def project(name: str) -> Array:
-            shape = (self.heads, self.head_dim)
+        def project(name: str, heads: int) -> Array:
+            shape = (heads, self.head_dim)
             return nn.DenseGeneral(shape, kernel_init=self.kernel_init, name=name, **kinds)(x_BLD)
 
-        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+        key_heads = self.key_heads or self.heads
+        q, k, v = project("q_proj", self.heads), project("k_proj", key_heads), project("v_proj", key_heads)
         if self.rotary_base is not None:
             frequencies = geometric(self.head_dim, self.rotary_base)
             q, k = (rotate(x, place_BL, frequencies) for x in (q, k))
-        y_BLHP, windows = self._attend(q, k, v, place_BL, state, positions)
+        next_B = positions_lib.next_positions(before.position, length, positions)
+        if state is not None and length == 1:
+            y_BLHP, caches = _one_more(q, k, v, place_BL, state, positions)
+        else:
+            keys, values = (k, v) if state is None else _with_past(k, v, state)
+            y_BLHP = attention(q, keys, values, place_BL, window=self.block)
+            caches = _caches_after(k, v, before, next_B, positions)
+        if before.capacity is not None:
+            y_BLHP = jnp.where((position_BL >= before.capacity)[..., None, None], jnp.nan, y_BLHP)
         out = nn.DenseGeneral(d_model, axis=(-2, -1), kernel_init=self.out_init, name="out_proj", **kinds)(y_BLHP)
-
-        next_B = positions_lib.next_positions(start_B, length, positions)
-        lags = jnp.arange(self.block - 1, 0, -1)
-        reached_BS = lags <= (next_B % self.block)[:, None]
-        k, v = (jnp.where(reached_BS[:, None, :, None], x, 0).astype(jnp.float32) for x in windows)
-        return out, AttentionState(k=k, v=v, position=next_B)
-
-    def _attend(
-        self,
-        q: _Heads,
-        k: _Heads,
-        v: _Heads,
-        place_BL: Int[Array, "B L"],
-        state: AttentionState | None,
-        positions: Positions | None,
-    ) -> tuple[_Heads, list[Array]]:
-        """The attention's result, and the last W-1 present keys and values, [B, H, W-1, P]."""
-        past = [x.astype(q.dtype) for x in (state.k, state.v)] if state else None
-        if past and q.shape[1] == 1:
-            if positions is not None:
-                past = [jnp.where(positions[:, :, None, None] == 0, 0, x) for x in past]
-            y_BHP = attention_step(q[:, 0], k[:, 0], v[:, 0], past[0], past[1], place_BL[:, 0])
-            moved = [
-                jnp.concatenate([x, new[:, 0, :, None]], axis=2)[:, :, 1:] for x, new in zip(past, (k, v), strict=True)
-            ]
-            if positions is not None:
-                moved = [jnp.where(positions[:, :, None, None] < 0, x, y) for x, y in zip(past, moved, strict=True)]
-            return y_BHP[:, None], moved
-        if past:
-            k, v = (jnp.concatenate([jnp.swapaxes(old, 1, 2), x], axis=1) for old, x in zip(past, (k, v), strict=True))
-        y_BLHP = attention(q, k, v, place_BL, window=self.block)
-        lengths = positions_lib.lengths(positions)
-        return y_BLHP, [jnp.swapaxes(_window(x, q.shape[1], lengths, self.block - 1), 1, 2) for x in (k, v)]
+        return out, AttentionState(*caches, position=next_B, block=self.block)
 
 
-def _window(
-    x_BSHP: Float[Array, "B S H P"], length: int, lengths: Lengths | None, size: int
-) -> Float[Array, "B window H P"]:
-    """The last ``size`` rows that are present, oldest first, zeros before them.
+def _one_more(
+    q: _Heads, k: _Keys, v: _Keys, place_BL: Int[Array, "B 1"], state: AttentionState, positions: Positions | None
+) -> tuple[_Heads, _Caches]:
+    """Attention of a single token, and the caches with its row. An absent token has none."""
+    row_B, starts_B = place_BL[:, 0], None
+    if positions is not None:
+        row_B = jnp.where(positions[:, 0] < 0, state.k.shape[2], row_B)
+        starts_B = positions[:, 0] == 0
+    pairs = zip((state.k, state.v), key_cache.storable(k, v), strict=True)
+    keys, values = (key_cache.write_token(clear(cache, starts_B), x[:, 0], row_B) for cache, x in pairs)
+    return attention_step(q[:, 0], keys, values, place_BL[:, 0])[:, None], (keys, values)
 
-    ``x_BSHP``: the old window, if any, and ``length`` new rows, of which ``lengths`` are present.
-    """
-    missing = size + length - x_BSHP.shape[1]
-    x_BSHP = jnp.pad(x_BSHP, ((0, 0), (missing, 0), (0, 0), (0, 0)))
-    if lengths is None:
-        return x_BSHP[:, length:]
-    rows = lengths[:, None] + jnp.arange(size)
-    return jnp.take_along_axis(x_BSHP, rows[..., None, None], axis=1)
+
+def _with_past(k: _Keys, v: _Keys, state: AttentionState) -> list[Array]:
+    """The keys and values of a call after those of the state."""
+    pasts = (key_cache.in_order(cache, state.position, state.block) for cache in (state.k, state.v))
+    return [jnp.concatenate([past.astype(x.dtype), x], axis=1) for past, x in zip(pasts, (k, v), strict=True)]
+
+
+def _caches_after(
+    k: _Keys, v: _Keys, before: AttentionState, next_B: Int[Array, "B"], positions: Positions | None
+) -> _Caches:
+    count_B = positions_lib.lengths(positions)
+    if count_B is None:
+        count_B = jnp.full_like(next_B, k.shape[1])
+    pairs = zip((before.k, before.v), key_cache.storable(k, v), strict=True)
+    keys, values = (key_cache.write_tokens(cache, x, count_B, next_B, before.block) for cache, x in pairs)
+    return keys, values

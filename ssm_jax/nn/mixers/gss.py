@@ -48,8 +48,8 @@ class GatedStateSpace(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> DSSState:
-        """Zeros: the state before any token."""
+    def init_state(self, batch_size: int, capacity: int | None = None) -> DSSState:
+        """Zeros: the state before any token, the same for every ``capacity``."""
         return DSSState(ssm=jnp.zeros((batch_size, self.d_dss, 2, self.n_modes), jnp.float32))
 
     @nn.compact

@@ -72,8 +72,8 @@ class Mamba(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> MambaState:
-        """Zeros: the state before any token."""
+    def init_state(self, batch_size: int, capacity: int | None = None) -> MambaState:
+        """Zeros: the state before any token, the same for every ``capacity``."""
         return MambaState(
             conv=jnp.zeros((batch_size, self.d_conv - 1, self.d_inner), jnp.float32),
             ssm=jnp.zeros((batch_size, self.d_state, self.d_inner), jnp.float32),

@@ -54,8 +54,8 @@ class Mamba2(nn.Module):
         return self.d_inner // self.headdim
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> Mamba2State:
-        """Zeros: the state before any token."""
+    def init_state(self, batch_size: int, capacity: int | None = None) -> Mamba2State:
+        """Zeros: the state before any token, the same for every ``capacity``."""
 
         def window(width: int) -> jnp.ndarray:
             return jnp.zeros((batch_size, self.d_conv - 1, width), jnp.float32)

@@ -67,7 +67,7 @@ class Retention(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> RetentionState:
+    def init_state(self, batch_size: int, capacity: int | None = None) -> RetentionState:
         """An empty memory: the state before any token."""
         kv = jnp.zeros((batch_size, self.heads, self.key_dim, self.value_dim), jnp.float32)
         return RetentionState(kv=kv, position=jnp.zeros((batch_size,), jnp.int32))
