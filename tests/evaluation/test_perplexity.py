@@ -23,6 +23,7 @@ from ssm_jax.evaluation import documents, evaluate, evaluate_baseline, evaluate_
 from ssm_jax.evaluation.perplexity import _token_nll
 from ssm_jax.evaluation.split import byte_documents
 from ssm_jax.models import LanguageModel
+from ssm_jax.models.registry import context_limit
 from tests.generation.tiny import FAMILIES, full_logits, tiny
 from train import evaluate as script
 
@@ -107,7 +108,7 @@ def _definition(model: LanguageModel, params: Any, document: np.ndarray) -> np.n
 @pytest.mark.parametrize(("count", "window"), [(1, 7), (3, 16), (8, 100)])
 def test_endless_context_sees_whole_documents(family: str, count: int, window: int) -> None:
     model, params = tiny(family)
-    found = _documents((64 if family == "gpt2" else 70, 2, 33, 1, 16, 50))  # tiny gpt2 has 64 positions
+    found = _documents((min(70, context_limit(model.config) or 70), 2, 33, 1, 16, 50))
     expected = np.concatenate([_definition(model, params, document) for document in found])
     scores = evaluate(model, params, documents.endless(documents.lanes(found, count), window), carry=True)
     assert scores["tokens"] == len(expected)

@@ -14,7 +14,7 @@ import ssm_jax
 from ssm_jax import generate
 from ssm_jax.errors import GenerationError
 from ssm_jax.generation.decoder import decode_step, make_decoder, unstack_state
-from ssm_jax.generation.generate import _prefill, begin, decode
+from ssm_jax.generation.generate import _prefill, begin, capacity_for, decode
 from ssm_jax.generation.prompt import check_prompts, pieces
 from ssm_jax.generation.settings import check_settings
 from ssm_jax.generation.stream import stream
@@ -220,6 +220,16 @@ def test_few_programs_are_compiled() -> None:
 def test_memory_does_not_grow_with_the_prompt() -> None:
     widths = [[tokens.shape[1] for tokens, _ in pieces([np.zeros(n, np.int32)], 64)] for n in (5, 64, 65, 300)]
     assert widths == [[16], [64], [64, 16], [64, 64, 64, 64, 64]]
+
+
+def test_attention_has_room_for_what_is_read_and_written_alone() -> None:
+    model, params = tiny("llama")
+    long = ssm_jax.build(model.config, n_positions=100_000)
+    settings, decoder = check_settings(long, 24, 0.0, None, None, None, None), make_decoder(long, params)
+    rows = check_prompts(PROMPTS, VOCAB)
+    progress = begin(long, params, decoder, rows, settings, 64, capacity_for(rows, 24))
+    assert [layer.k.shape for layer in progress.state.layers] == [(len(PROMPTS), 2, 64, 4)] * 2
+    np.testing.assert_array_equal(generate(long, params, PROMPTS, 24), _greedy("llama"))
 
 
 def test_prefill_holds_no_logits_of_the_prompt() -> None:
