@@ -48,7 +48,7 @@ class TorchModelConformance:
         from ssm_jax.interop import torch as modules
 
         cls = getattr(modules, self.model_class)
-        model = cls(cls.config_class(**self.configs[name], **changes)).eval()
+        model = cls(cls.config_class(**(self.configs[name] | changes))).eval()
         rng = np.random.default_rng(0)
         with torch.no_grad():
             for key, parameter in model.named_parameters():

@@ -34,12 +34,17 @@ def copy_golden(
         config(content)
         (target / "config.json").write_text(json.dumps(content))
     if tensors:
-        arrays = {name: np.array(tensor.load()) for name, tensor in open_weights(target).items()}
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            (target / name).unlink(missing_ok=True)
-        tensors(arrays)
-        write_safetensors(target / "model.safetensors", as_tensors(arrays))
+        change_tensors(target, tensors)
     return target
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Changes the tensors of a folder in place; they are one ``model.safetensors`` then."""
+    arrays = {name: np.array(tensor.load()) for name, tensor in open_weights(folder).items()}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).unlink(missing_ok=True)
+    change(arrays)
+    write_safetensors(folder / "model.safetensors", as_tensors(arrays))
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ class TestMamba2Goldens(GoldenParity):
 
 @pytest.mark.torch
 class TestMamba2InTransformers(TransformersParity):
+    cached = False  # its steps on the CPU do not clamp step sizes to time_step_limit
     configs = {
         "one_group": Mamba2Config(vocab_size=61, d_model=24, n_layers=2, d_state=12, headdim=16, chunk_size=16),
         "three_groups": Mamba2Config(

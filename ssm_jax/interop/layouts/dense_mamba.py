@@ -67,4 +67,5 @@ DENSE_MAMBA = Layout(
     stores_tied_head=False,
     weights="safetensors",
     load_in_torch="import ssm_jax.interop\n" + transformers.LOAD,
+    torch_logits=transformers.torch_logits,
 )

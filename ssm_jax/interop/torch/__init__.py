@@ -16,9 +16,11 @@ from typing import Any
 _HOME = {
     "RetNetConfig": "configs",
     "DenseGauRetNetConfig": "configs",
+    "DenseMambaConfig": "configs",
     "GatedStateSpacesConfig": "configs",
     "RetNetForCausalLM": "retnet",
     "DenseGauRetNetForCausalLM": "dense_retnet",
+    "DenseMambaForCausalLM": "dense_mamba",
     "GatedStateSpacesForCausalLM": "gss",
     "RecurrentCache": "cache",
 }

@@ -4,6 +4,7 @@ Reading them needs no model, and no PyTorch beyond what ``transformers`` imports
 nothing.
 """
 
+import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -165,6 +166,70 @@ class GatedStateSpacesConfig(RecurrentConfig):
     accurate: bool = False
 
 
-def _require_one_of(config: PreTrainedConfig, key: str, *allowed: str | None) -> None:
+class DenseMambaConfig(RecurrentConfig):
+    """DenseMamba, by the names of MambaConfig, and of DenseSSM for what it adds.
+
+    vocab_size; hidden_size: D; num_hidden_layers; state_size: N; conv_kernel: K.
+    expand: E / D. intermediate_size: E. time_step_rank: of the projection to step sizes, "auto" for ceil(D / 16).
+    use_bias: of in_proj and out_proj. use_conv_bias: of the convolution.
+    residual_in_fp32: sums between layers in float32, whatever the type of the model.
+    dense_block_layers: m; the hidden states of the m layers below are read out with a layer's own.
+    h_select: one gate per "channel" of that sum, one per entry of a channel's "state", or "none".
+    intermediate_h_select_scale: D / width of the bottleneck in the gate.
+    source_projection: "identity", or "linear" for a matrix [N, N] per layer below.
+    time_step_min, time_step_max, time_step_floor, time_step_scale, time_step_init_scheme: initial step sizes.
+
+    Raises:
+        ValueError: a value that the model does not compute.
+    """
+
+    model_type = "dense_mamba"
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    num_hidden_layers: int = 32
+    state_size: int = 16
+    conv_kernel: int = 4
+    expand: int = 2
+    intermediate_size: int | None = None
+    time_step_rank: int | str = "auto"
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    dense_block_layers: int = 2
+    h_select: str = "channel"
+    intermediate_h_select_scale: int = 32
+    source_projection: str = "identity"
+    time_step_min: float = 1e-3
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_scale: float = 1.0
+    time_step_init_scheme: str = "random"
+    initializer_range: float = 0.1
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.intermediate_size is None:  # as transformers, whose files always say it
+            self.intermediate_size = self.inner_size
+        _require_one_of(self, "intermediate_size", self.inner_size)
+        _require_one_of(self, "hidden_act", "silu", "swish")
+        _require_one_of(self, "h_select", "channel", "state", "none")
+        _require_one_of(self, "source_projection", "identity", "linear")
+
+    @property
+    def inner_size(self) -> int:
+        """E."""
+        return self.expand * self.hidden_size
+
+    @property
+    def step_rank(self) -> int:
+        """``time_step_rank`` as a number."""
+        return math.ceil(self.hidden_size / 16) if self.time_step_rank == "auto" else int(self.time_step_rank)
+
+
+def _require_one_of(config: PreTrainedConfig, key: str, *allowed: str | int | None) -> None:
     if getattr(config, key) not in allowed:
         raise ValueError(f"{key} is {getattr(config, key)!r}; it must be one of {', '.join(map(repr, allowed))}.")

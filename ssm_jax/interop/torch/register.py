@@ -17,7 +17,12 @@ from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto."
-_MODELS = {"RetNet": "retnet", "DenseGauRetNet": "dense_retnet", "GatedStateSpaces": "gss"}
+_MODELS = {
+    "RetNet": "retnet",
+    "DenseGauRetNet": "dense_retnet",
+    "DenseMamba": "dense_mamba",
+    "GatedStateSpaces": "gss",
+}
 """How the names of a model's classes begin, and its file here."""
 
 
