@@ -51,7 +51,10 @@ class TransformersParity:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "config" in metafunc.fixturenames:
-            metafunc.parametrize("config", self.configs.values(), ids=list(self.configs))
+            configs = self.configs
+            if "greedy" in metafunc.function.__name__:  # RetNet's published parallel forms take no state
+                configs = {name: x for name, x in configs.items() if getattr(x, "score_normaliser", None) is None}
+            metafunc.parametrize("config", configs.values(), ids=list(configs))
 
     def test_export_loads_completely_and_computes_the_same(self, config: Any, tmp_path: Path) -> None:
         import torch
@@ -88,8 +91,6 @@ class TransformersParity:
         import torch
         from transformers import AutoModelForCausalLM
 
-        if getattr(config, "score_normaliser", None):
-            pytest.skip("the published parallel forms take no state")
         model, params = random_model(config)
         ssm_jax.save_pretrained(model, params, tmp_path / "exported", layout=self.layout, check=False)
         drawn = np.random.default_rng(1).integers(0, config.vocab_size, (3, 11))

@@ -11,6 +11,7 @@ import pytest
 import ssm_jax
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop.folder import open_weights, read_json
+from ssm_jax.interop.layouts import detect
 from ssm_jax.interop.pretrained import open_folder
 from ssm_jax.interop.safetensors_file import write_safetensors
 from ssm_jax.models import LlamaConfig
@@ -131,15 +132,17 @@ def test_what_we_would_compute_differently_is_refused(
         ssm_jax.from_pretrained(folder(tmp_path / "m", SAID | change, exported[1]))
 
 
-def test_folders_of_other_models_that_say_the_same_are_not_read(tmp_path: Path, exported: tuple[Any, Arrays]) -> None:
+def test_folders_of_other_models_that_say_the_same_are_told_apart(exported: tuple[Any, Arrays], tmp_path: Path) -> None:
     """DenseRetNet's classes are named after LLaMA's."""
     attention = "model.layers.{}.self_attn."
     dense = {name: x for name, x in exported[1].items() if "self_attn.v_proj" not in name and "o_proj" not in name}
     for i in range(2):
         dense[attention.format(i) + "to_hidden.0.weight"] = np.zeros((48, 12), np.float32)
         dense[attention.format(i) + "to_out.0.weight"] = np.zeros((12, 24), np.float32)
+    assert detect(folder(tmp_path / "m", SAID, dense), set(dense))[0].name == "dense_ssm"
+    without = {name: x for name, x in dense.items() if "to_hidden" not in name}
     with pytest.raises(LayoutError, match=r"describes no known model \(.*LlamaForCausalLM"):
-        ssm_jax.from_pretrained(folder(tmp_path / "m", SAID, dense))
+        ssm_jax.from_pretrained(folder(tmp_path / "n", SAID, without))
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path, exported: tuple[Any, Arrays]) -> None:

@@ -18,7 +18,16 @@ from ssm_jax.errors import ConfigError, LayoutError
 from ssm_jax.interop import pretrained
 from ssm_jax.interop.layouts import LAYOUTS
 from ssm_jax.interop.torch_file import read_torch, write_torch
-from ssm_jax.models import GPT2Config, GSSConfig, LlamaConfig, Mamba2Config, MambaConfig
+from ssm_jax.models import (
+    DenseMambaConfig,
+    DenseRetNetConfig,
+    GPT2Config,
+    GSSConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    RetNetConfig,
+)
 from tests.conformance.golden import GOLDENS
 from tests.interop.folders import as_tensors, assert_same, copy_golden, random_params
 
@@ -72,6 +81,24 @@ UNUSUAL = {
         pad_vocab_size_multiple=8,
         dtype="bfloat16",
         remat="full",
+    ),
+    "dense_mamba": DenseMambaConfig(
+        vocab_size=91, d_model=16, n_layers=3, d_state=4, gate_ratio=4, projection="linear", dtype="bfloat16"
+    ),
+    "retnet": RetNetConfig(
+        vocab_size=91,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        d_value=24,
+        d_mlp=20,
+        embedding_norm=True,
+        trained_normaliser="abs_sum",
+        pad_vocab_size_multiple=8,
+        chunk_size=8,
+    ),
+    "dense_retnet": DenseRetNetConfig(
+        vocab_size=91, d_model=64, n_layers=3, n_heads=2, dropout=0.25, pad_vocab_size_multiple=8, dtype="bfloat16"
     ),
     "llama": LlamaConfig(
         vocab_size=91,
