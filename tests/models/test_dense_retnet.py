@@ -26,8 +26,8 @@ PARAMETERS = {
 class TestDenseRetNet(ModelConformance):
     configs = {
         "two_sources": DenseRetNetConfig(**TINY, **GATES, dense_layers=2),
-        "more_sources_than_layers_linear_tied": DenseRetNetConfig(
-            **{**TINY, "n_layers": 2}, **GATES, dense_layers=3, gate=False, projection="linear", tie_embeddings=True
+        "linear_sources_no_gate_tied": DenseRetNetConfig(
+            **{**TINY, "n_layers": 3}, **GATES, gate=False, projection="linear", tie_embeddings=True
         ),
     }
     tolerance = 5e-5
