@@ -14,7 +14,7 @@ from ssm_jax.nn.mixers.retention import log_decays
 from tests.conformance.model import ModelConformance
 
 TINY: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_value": 24, "d_mlp": 24}
-# Counted once by torchscale's classes for the vocabulary of 50,257 (embedding and head apart).
+# Two tables; per layer q, k: D x D, v, g, out and the three of the perceptron: D x V, two norms; the norms at both ends.
 PARAMETERS = {
     "retnet-base": 512 * 50257 * 2 + 6 * (2 * 512**2 + 6 * 512 * 864 + 2 * 512) + 2 * 512,
     "retnet-xl": 2048 * 50257 * 2 + 24 * (2 * 2048**2 + 6 * 2048 * 3456 + 2 * 2048) + 2 * 2048,

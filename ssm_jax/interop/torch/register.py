@@ -93,5 +93,5 @@ class _Finder(importlib.abc.MetaPathFinder):
                 run(module)
                 _act(fullname)
 
-            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]  # of this one loader, on purpose
         return spec
