@@ -24,7 +24,8 @@ class RetNetConfig:
         mlp_norm: of the plain perceptron's inner layer (syncdoth's subln): "layer", "rms" or None.
         post_norm: norms after the residual sums, and none before the head. deepnorm: residual streams times (2 layers)^(1/4).
         embedding_scale: token vectors times sqrt(d_model). embedding_norm: a norm after them.
-        rotary, norm_scale: "interleaved" and False as published; "halves" and True in flash-linear-attention.
+        rotary, norm_scale, score_scale: "interleaved", False and True as published; "halves", True and False in
+            flash-linear-attention.
         score_normaliser: None for the exact form, whatever the checkpoint was trained with; "abs_sum" or "sum_abs" for the
             published parallel forms, which take no state.
         trained_normaliser: the one that an imported checkpoint was trained with; changes nothing.
@@ -46,6 +47,7 @@ class RetNetConfig:
     embedding_norm: bool = False
     rotary: Literal["interleaved", "halves"] = "interleaved"
     norm_scale: bool = False
+    score_scale: bool = True
     score_normaliser: Literal["abs_sum", "sum_abs"] | None = None
     trained_normaliser: Literal["abs_sum", "sum_abs"] | None = None
     tie_embeddings: bool = False
@@ -64,6 +66,10 @@ class RetNetConfig:
         require_head_widths(self.n_heads, d_model=self.d_model, d_value=self.d_value)
         if self.mlp_norm and self.mlp != "plain":
             raise ValueError(f"mlp_norm is {self.mlp_norm!r}, which only the plain perceptron has; set mlp to 'plain'")
+        if self.score_normaliser and not self.score_scale:
+            raise ValueError(
+                f"score_normaliser is {self.score_normaliser!r}, of scaled scores; set score_scale to True"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -95,6 +101,7 @@ def layer(config: RetNetConfig) -> TransformerBlock:
         epsilon=config.norm_eps,
         rotary=config.rotary,
         score_normaliser=config.score_normaliser,
+        score_scale=config.score_scale,
         projection_init=initializers.xavier_uniform(2.0**-2.5),
         value_init=initializers.xavier_uniform(2.0**-2.5 * beta),
         out_init=initializers.xavier_uniform(2.0**-1 * beta),

@@ -16,6 +16,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from ssm_jax.nn import initializers
+from ssm_jax.ops.products import dot_general
 from ssm_jax.typing import Activations, Positions, PyTree
 
 
@@ -104,6 +105,7 @@ class Gate(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "kernel_init": self.kernel_init,
+            "dot_general": dot_general,
         }
         hidden = nn.silu(nn.Dense(self.bottleneck, name="down", **kinds)(x_BLD))
         return nn.silu(nn.DenseGeneral(self.shape, name="up", **kinds)(hidden))
@@ -138,7 +140,13 @@ class Fusion(nn.Module):
         if self.linear:
             sources = tuple(
                 nn.DenseGeneral(
-                    shape, axis=(-2, -1), use_bias=False, kernel_init=self.kernel_init, name=f"source_{i}", **kinds
+                    shape,
+                    axis=(-2, -1),
+                    use_bias=False,
+                    kernel_init=self.kernel_init,
+                    dot_general=dot_general,
+                    name=f"source_{i}",
+                    **kinds,
                 )(source)
                 for i, source in enumerate(sources)
             )

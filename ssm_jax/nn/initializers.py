@@ -35,6 +35,11 @@ def uniform(bound: float) -> Initializer:
     return init
 
 
+def orthogonal(key: Key, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Q of the QR factors of a Gaussian matrix; drawn in float32, because there is no QR of bfloat16."""
+    return nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
+
+
 def constant_or_uniform(bound: float, kind: str) -> Initializer:
     """Mamba's ``dt_init``: Uniform(-bound, bound) for "random", the bound itself for "constant"."""
     return uniform(bound) if kind == "random" else nn.initializers.constant(bound)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from ssm_jax.nn import initializers
+from ssm_jax.ops.products import dot_general
 from ssm_jax.typing import Activations
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -44,7 +45,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Activations) -> Activations:
-        kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {
+            "use_bias": self.bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "dot_general": dot_general,
+        }
         activation = ACTIVATIONS[self.activation]
         hidden = nn.Dense(self.width, kernel_init=self.kernel_init, name="up_proj", **kinds)(x_BLD)
         if self.gated:

@@ -81,10 +81,16 @@ def _attend(q_BLHP: Array, k_BSGP: Array, v_BSGP: Array, reach_BL: Array) -> Arr
 
     # In a product with a weight of exactly zero a NaN is still a NaN, so that broken rows are replaced and then accounted for.
     (q, broken_q), (k, broken_k), (v, broken_v) = _mended(q_BLHP), _mended(k_BSGP), _mended(v_BSGP)
-    q_BLGRP = _grouped(q, k.shape[2])
-    scores = jnp.einsum("blgrp,bsgp->bgrls", q_BLGRP, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], scores, -jnp.inf), axis=-1)
-    y_BLGRP = jnp.einsum("bgrls,bsgp->blgrp", weights.astype(v.dtype), v, preferred_element_type=wide)
+    # The operands are transposed first: in the order of the inputs the compiler would transpose the scores.
+    q_BGRLP = jnp.moveaxis(_grouped(q, k.shape[2]), 1, 3)
+    k_BGSP, v_BGSP = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    shape_BGRLS = (*q_BGRLP.shape[:4], keys)
+    q_BGTP = q_BGRLP.reshape(*q_BGRLP.shape[:2], -1, q.shape[-1])
+    scores_BGTS = jnp.einsum("bgtp,bgsp->bgts", q_BGTP, k_BGSP, preferred_element_type=wide) / math.sqrt(q.shape[-1])
+    scores = jnp.where(seen_BLS[:, None, None], scores_BGTS.reshape(shape_BGRLS), -jnp.inf)
+    weights_BGTS = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(scores_BGTS.shape)
+    y_BGTP = jnp.einsum("bgts,bgsp->bgtp", weights_BGTS, v_BGSP, preferred_element_type=wide)
+    y_BLGRP = jnp.moveaxis(y_BGTP.reshape(q_BGRLP.shape), 3, 1)
     broken_BL = broken_q | jnp.any(seen_BLS & (broken_k | broken_v)[:, None], axis=-1)
     return jnp.where(broken_BL[..., None, None], jnp.nan, y_BLGRP.reshape(q_BLHP.shape)).astype(q_BLHP.dtype)
 

@@ -14,11 +14,12 @@ def dot_general(
     preferred_element_type: Any = None,
     **how: Any,
 ) -> Array:
-    """``lax.dot_general`` with batch and length as one axis: [B, L, D] times [D, ...] is done as [B * L, D] times [D, ...].
+    """``lax.dot_general`` as a product of two matrices: [B, L, H, P] times [H, P, D] is done as [B * L, H * P] times [H * P, D].
 
-    It changes the gradient of the weights, a sum over batch and length: over two axes XLA:CPU copies its operands first, and takes
-    1.5 times as long for a gated state-space layer (no difference was found for Mamba's). Where the last axes of ``lhs`` are not
-    summed with the first of ``rhs``, it is ``lax.dot_general``.
+    It changes the gradient of the weights, a sum over batch and length: with more axes than two XLA:CPU transposes its operands
+    first, one number at a time and together with all elementwise operations before it. Measured there: a layer of DenseRetNet
+    takes half as long, of RetNet and Llama 0.75 times, of GSS 0.67 times as long; no difference was found for Mamba's. Where the
+    last axes of ``lhs`` are not summed with the first of ``rhs``, it is ``lax.dot_general``.
     """
     (lhs_summed, rhs_summed), batched = dimension_numbers
     count = len(lhs_summed)
@@ -29,9 +30,10 @@ def dot_general(
         and tuple(lhs_summed) == tuple(range(kept, lhs.ndim))
         and tuple(rhs_summed) == tuple(range(count))
     )
-    if plain:
-        rows = lhs.reshape(math.prod(lhs.shape[:kept]), *lhs.shape[kept:])
-        numbers = ((tuple(range(1, 1 + count)), tuple(rhs_summed)), ((), ()))
-        product = lax.dot_general(rows, rhs, numbers, precision, preferred_element_type, **how)
-        return product.reshape(*lhs.shape[:kept], *product.shape[1:])
-    return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **how)
+    if not plain:
+        return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **how)
+    summed = math.prod(rhs.shape[:count])
+    rows = lhs.reshape(math.prod(lhs.shape[:kept]), summed)
+    columns = rhs.reshape(summed, math.prod(rhs.shape[count:]))
+    product = lax.dot_general(rows, columns, (((1,), (0,)), ((), ())), precision, preferred_element_type, **how)
+    return product.reshape(*lhs.shape[:kept], *rhs.shape[count:])

@@ -49,7 +49,7 @@ class TestRetention(RaggedOpConformance, ChunkedOpConformance):
         jax.tree.map(np.testing.assert_array_equal, call(case.inputs, None, {}), call(case.inputs, zeros, {}))
 
 
-def in_parallel(q: Any, k: Any, v: Any, log_decay: Any, normaliser: str | None) -> np.ndarray:
+def in_parallel(q: Any, k: Any, v: Any, log_decay: Any, normaliser: str | None, *, scaled: bool = True) -> np.ndarray:
     """The parallel form of the paper, one query after the other, in float64."""
     batch, length, heads, _ = q.shape
     y = np.zeros_like(v)
@@ -58,7 +58,9 @@ def in_parallel(q: Any, k: Any, v: Any, log_decay: Any, normaliser: str | None) 
             gamma = np.exp(log_decay[h])
             for n in range(length):
                 decays = gamma ** np.arange(n, -1, -1)
-                scores = k[b, : n + 1, h] @ q[b, n, h] * decays / np.sqrt(sum(decays))
+                scores = k[b, : n + 1, h] @ q[b, n, h] * decays
+                if scaled:
+                    scores /= np.sqrt(sum(decays))
                 z = {None: 1.0, "sum_abs": np.clip(sum(abs(scores)), 1, 5e4), "abs_sum": max(1, abs(sum(scores)))}
                 y[b, n, h] = scores @ v[b, : n + 1, h] / z[normaliser]
     return y
@@ -72,6 +74,32 @@ def test_values_are_those_of_the_paper(normaliser: str | None) -> None:
         y, _ = retention(**jax.tree.map(jnp.asarray, inputs), log_decay_H=LOG_DECAY, score_normaliser=normaliser)
         assert_close(y, expected, 1e-12)
     assert normaliser is None or np.abs(expected - in_parallel(*inputs.values(), LOG_DECAY, None)).max() > 0.1
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_without_the_scale_the_scores_are_left_as_they_are(chunk_size: int) -> None:
+    """In one call and in two, and in the gradients."""
+    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arrays(2, 37).items()}
+    how: dict[str, Any] = {"log_decay_H": LOG_DECAY, "score_scale": False, "chunk_size": chunk_size}
+    expected = in_parallel(*(np.asarray(x, np.float64) for x in inputs.values()), LOG_DECAY, None, scaled=False)
+    tolerance = 1e-5 * np.sqrt(np.mean(np.square(expected)))
+    y, _ = retention(**inputs, **how)
+    assert_close(y, expected, tolerance)
+    first, memory = retention(**{name: x[:, :20] for name, x in inputs.items()}, **how)
+    rest, _ = retention(**{name: x[:, 20:] for name, x in inputs.items()}, state=memory, **how)
+    assert_close(np.concatenate([first, rest], axis=1), expected, tolerance)
+
+    def total(inputs: Any, implementation: str) -> jax.Array:
+        return jnp.sum(jnp.sin(retention(**inputs, **how, implementation=implementation)[0]))
+
+    ours, oracle = (jax.grad(total)(inputs, name) for name in ("xla", "reference"))
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-4 * float(np.abs(y).max())), ours, oracle)
+
+
+def test_normalisers_are_of_scaled_scores() -> None:
+    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arrays(1, 4).items()}
+    with pytest.raises(ValueError, match="use it with score_scale=True"):
+        retention(**inputs, log_decay_H=LOG_DECAY, score_normaliser="sum_abs", score_scale=False)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 300])

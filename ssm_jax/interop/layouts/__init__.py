@@ -11,7 +11,18 @@ from ssm_jax.config import suggest
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
-from ssm_jax.interop.layouts import dense_mamba, dense_ssm, gpt2, gss, llama, mamba_ssm, mistral, retnet, transformers
+from ssm_jax.interop.layouts import (
+    dense_mamba,
+    dense_ssm,
+    fla,
+    gpt2,
+    gss,
+    llama,
+    mamba_ssm,
+    mistral,
+    retnet,
+    transformers,
+)
 from ssm_jax.interop.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -25,6 +36,7 @@ LAYOUTS: tuple[Layout, ...] = (
     dense_mamba.DENSE_MAMBA,
     retnet.SYNCDOTH,
     retnet.TORCHSCALE,
+    fla.FLA,
     dense_ssm.HUB,
     dense_ssm.GITHUB,
     gpt2.TRANSFORMERS,

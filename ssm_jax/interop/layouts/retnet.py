@@ -113,8 +113,10 @@ def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _write(config: RetNetConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
-    if config.rotary != "interleaved" or config.norm_scale:
-        raise LayoutError("rotary 'halves' and norm_scale are not torchscale's; use the layout 'ssm_jax'.")
+    if config.rotary != "interleaved" or config.norm_scale or not config.score_scale:
+        raise LayoutError(
+            "rotary 'halves', norm_scale and score_scale=False are not torchscale's; use the layout 'fla' or 'ssm_jax'."
+        )
     if config.activation not in _ACTIVATIONS.values():
         raise LayoutError(f"activation is {config.activation!r}, and torchscale has {', '.join(_ACTIVATIONS)}.")
     content = {

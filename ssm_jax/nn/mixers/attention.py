@@ -1,7 +1,9 @@
 """Causal multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), over a whole context or over chunks of it."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
@@ -12,12 +14,15 @@ from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.rotary import geometric, rotate
 from ssm_jax.nn.state import AttentionState
 from ssm_jax.ops.attention import attention, attention_step
+from ssm_jax.ops.products import dot_general
 from ssm_jax.ops.resets import clear
 from ssm_jax.typing import Activations, Positions
 
 _Heads = Float[Array, "B L H P"]
 _Keys = Float[Array, "B L G P"]
 _Caches = tuple[key_cache.Cache, key_cache.Cache]
+_FEW = 512
+"""Rows of a state that are read whether they are needed or not."""
 
 
 class Attention(nn.Module):
@@ -63,7 +68,12 @@ class Attention(nn.Module):
         self, x_BLD: Activations, state: AttentionState | None = None, positions: Positions | None = None
     ) -> tuple[Activations, AttentionState]:
         batch, length, d_model = x_BLD.shape
-        kinds: dict[str, Any] = {"use_bias": self.bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {
+            "use_bias": self.bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "dot_general": dot_general,
+        }
         before = self.init_state(batch) if state is None else state
         position_BL = jnp.maximum(positions_lib.resolve(before.position, length, positions), 0)
         place_BL = position_BL % self.block
@@ -81,8 +91,7 @@ class Attention(nn.Module):
         if state is not None and length == 1:
             y_BLHP, caches = _one_more(q, k, v, place_BL, state, positions)
         else:
-            keys, values = (k, v) if state is None else _with_past(k, v, state)
-            y_BLHP = attention(q, keys, values, place_BL, window=self.block)
+            y_BLHP = _many(q, k, v, place_BL, state, self.block)
             caches = _caches_after(k, v, before, next_B, positions)
         if before.capacity is not None:
             y_BLHP = jnp.where((position_BL >= before.capacity)[..., None, None], jnp.nan, y_BLHP)
@@ -103,10 +112,28 @@ def _one_more(
     return attention_step(q[:, 0], keys, values, place_BL[:, 0])[:, None], (keys, values)
 
 
-def _with_past(k: _Keys, v: _Keys, state: AttentionState) -> list[Array]:
-    """The keys and values of a call after those of the state."""
-    pasts = (key_cache.in_order(cache, state.position, state.block) for cache in (state.k, state.v))
-    return [jnp.concatenate([past.astype(x.dtype), x], axis=1) for past, x in zip(pasts, (k, v), strict=True)]
+def _many(
+    q: _Heads, k: _Keys, v: _Keys, place_BL: Int[Array, "B L"], state: AttentionState | None, block: int
+) -> _Heads:
+    """Attention to the keys of a call and to those of the state before them, at a cost by how many have been read.
+
+    A state may have room for many more than it holds. Of its rows in the order of time the last are taken, the least power of two
+    that every query's reach needs.
+    """
+    if state is None:
+        return attention(q, k, v, place_BL, window=block)
+    pasts = [key_cache.in_order(cache, state.position, block) for cache in (state.k, state.v)]
+    room = pasts[0].shape[1]
+    counts = [0, *(2**i for i in range(_FEW.bit_length() - 1, room.bit_length()) if 2**i < room), room]
+
+    def attend(count: int, q: _Heads, k: _Keys, v: _Keys, *pasts: _Keys) -> _Heads:
+        last = (past[:, room - count :] for past in pasts)
+        keys, values = (jnp.concatenate([old.astype(x.dtype), x], axis=1) for old, x in zip(last, (k, v), strict=True))
+        return attention(q, keys, values, place_BL, window=block)
+
+    needed = jnp.max(place_BL - jnp.arange(q.shape[1]))
+    which = jnp.sum(needed > jnp.asarray(counts[:-1]))
+    return jax.lax.switch(which, [functools.partial(attend, count) for count in counts], q, k, v, *pasts)
 
 
 def _caches_after(

@@ -174,8 +174,9 @@ class Mamba(nn.Module):
         for i, source in enumerate(sources):
             if self.source_matrices:
                 # C (P h) = (C P) h: the matrix is applied to one vector per token instead of one per channel.
-                init = nn.initializers.orthogonal()
-                C_i = nn.Dense(self.d_state, use_bias=False, kernel_init=init, name=f"source_{i}", **kinds)(C_BLN)
+                C_i = nn.Dense(
+                    self.d_state, use_bias=False, kernel_init=initializers.orthogonal, name=f"source_{i}", **kinds
+                )(C_BLN)
             else:
                 C_i = C_BLN
             total = total + _read(source, C_i, reset, lengths, self.chunk_size)

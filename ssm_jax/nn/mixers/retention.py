@@ -14,6 +14,7 @@ from ssm_jax.nn.dense import Fusion, Shallow
 from ssm_jax.nn.rotary import Frequencies, geometric, geometric_to_end, rotate
 from ssm_jax.nn.state import RetentionState
 from ssm_jax.ops import retention
+from ssm_jax.ops.products import dot_general
 from ssm_jax.ops.retention import Memory
 from ssm_jax.typing import Activations, Positions
 
@@ -43,7 +44,7 @@ class Retention(nn.Module):
         epsilon: of the norms.
         rotary: "interleaved" pairs and frequencies that end at 1e-4 exactly, as published; "halves" with the usual ones (fla).
         gate_bottlenecks: of the gates of k and v in ``fused``; None for no gates. source_matrices: see ``Fusion``.
-        score_normaliser: see ``ops.retention``.
+        score_normaliser, score_scale: see ``ops.retention``.
         projection_init, out_init, gate_init: initialisers of q, k, v, g; of the output; of what ``fused`` adds.
     """
 
@@ -58,6 +59,7 @@ class Retention(nn.Module):
     gate_bottlenecks: tuple[int, int] | None = None
     source_matrices: bool = False
     score_normaliser: Literal["abs_sum", "sum_abs"] | None = None
+    score_scale: bool = True
     projection_init: Initializer = initializers.torch_linear
     value_init: Initializer | None = None
     out_init: Initializer = initializers.torch_linear
@@ -102,7 +104,9 @@ class Retention(nn.Module):
 
         def project(width: int, name: str, init: Initializer) -> Array:
             shape = (self.heads, width)
-            return nn.DenseGeneral(shape, use_bias=False, kernel_init=init, name=name, **kinds)(x_BLD)
+            return nn.DenseGeneral(
+                shape, use_bias=False, kernel_init=init, dot_general=dot_general, name=name, **kinds
+            )(x_BLD)
 
         def activate(x: Array) -> Array:
             return nn.silu(x) if self.activated else x
@@ -129,12 +133,19 @@ class Retention(nn.Module):
             positions_lib.resets(positions),
             lengths=positions_lib.lengths(positions),
             score_normaliser=self.score_normaliser,
+            score_scale=self.score_scale,
             chunk_size=self.chunk_size,
         )
         norm = nn.RMSNorm(self.epsilon, use_scale=self.norm_scale, name="head_norm", **kinds)
         gated = norm(y_BLHP) * gate
         out_BLD = nn.DenseGeneral(
-            d_model, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, name="out_proj", **kinds
+            d_model,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_init=self.out_init,
+            dot_general=dot_general,
+            name="out_proj",
+            **kinds,
         )(gated)
         return out_BLD, RetentionState(kv=memory.kv_BHNP, position=memory.tokens_B), features
 

@@ -36,6 +36,7 @@ def retention(
     *,
     lengths: Lengths | None = None,
     score_normaliser: Normaliser | None = None,
+    score_scale: bool = True,
     implementation: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B L H P"], Memory]:
@@ -54,6 +55,7 @@ def retention(
         reset: True at the first token of a document: nothing before it, in the call or in the state, has any influence.
         lengths: present tokens per row; later ones leave the state alone and their outputs mean nothing.
         score_normaliser: None; or "abs_sum" or "sum_abs", which divide by sums over a whole sequence (``retention.whole``).
+        score_scale: whether y is divided by sqrt(S_n); flash-linear-attention leaves it out.
         implementation: None for the best one of the platform, or a name.
         chunk_size: the most tokens in a chunk. A matter of speed and memory only.
 
@@ -63,7 +65,7 @@ def retention(
 
     Raises:
         ImplementationError: ``implementation`` is named and cannot run here.
-        ValueError: a score normaliser together with a state, or an unknown one.
+        ValueError: a score normaliser together with a state or without the scale, or an unknown one.
     """
     wide = jnp.promote_types(v_BLHP.dtype, jnp.float32)
     batch, length, heads, values = v_BLHP.shape
@@ -79,17 +81,19 @@ def retention(
     inputs = Inputs(q_BLHN, k_BLHN, v_BLHP, jnp.asarray(log_decay_H, wide), memory, reset, lengths)
     chunk_size = min(chunk_size or default_chunk_size(keys, values), length)
     if score_normaliser is not None:
-        _check_whole(score_normaliser, state)
+        _check_whole(score_normaliser, score_scale, state)
     if implementation == "reference":
-        y, memory = reference(inputs, chunk_size=chunk_size)
+        y, memory = reference(inputs, chunk_size=chunk_size, score_scale=score_scale)
     else:
-        y, memory = _differentiable(chunk_size, implementation, inputs)
+        y, memory = _differentiable(chunk_size, score_scale, implementation, inputs)
     return (y if score_normaliser is None else whole(inputs, score_normaliser)), memory
 
 
-def _check_whole(score_normaliser: str, state: Memory | None) -> None:
+def _check_whole(score_normaliser: str, score_scale: bool, state: Memory | None) -> None:
     if score_normaliser not in ("abs_sum", "sum_abs"):
         raise ValueError(f"score_normaliser is {score_normaliser!r}; it must be None, 'abs_sum' or 'sum_abs'")
+    if not score_scale:
+        raise ValueError(f"score_normaliser {score_normaliser!r} is of scaled scores; use it with score_scale=True")
     if state is not None:
         raise ValueError(
             f"score_normaliser {score_normaliser!r} divides by a sum over the whole sequence and cannot go on from a state; "
@@ -97,22 +101,25 @@ def _check_whole(score_normaliser: str, state: Memory | None) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(chunk_size: int, implementation: str | None, inputs: Inputs) -> tuple[Array, Memory]:
-    return dispatch.call("retention", implementation, inputs, chunk_size=chunk_size)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(
+    chunk_size: int, score_scale: bool, implementation: str | None, inputs: Inputs
+) -> tuple[Array, Memory]:
+    return dispatch.call("retention", implementation, inputs, chunk_size=chunk_size, score_scale=score_scale)
 
 
-def _forward(chunk_size: int, implementation: str | None, inputs: Inputs) -> tuple[tuple[Array, Memory], Inputs]:
-    return _differentiable(chunk_size, implementation, inputs), inputs
+def _forward(
+    chunk_size: int, score_scale: bool, implementation: str | None, inputs: Inputs
+) -> tuple[tuple[Array, Memory], Inputs]:
+    return _differentiable(chunk_size, score_scale, implementation, inputs), inputs
 
 
 def _backward(
-    chunk_size: int, implementation: str | None, inputs: Inputs, cotangents: tuple[Array, Memory]
+    chunk_size: int, score_scale: bool, implementation: str | None, inputs: Inputs, cotangents: tuple[Array, Memory]
 ) -> tuple[Any]:
     dy_BLHP, dmemory = cotangents
-    gradients = dispatch.call(
-        "retention_backward", implementation, inputs, dy_BLHP, dmemory.kv_BHNP, chunk_size=chunk_size
-    )
+    how = {"chunk_size": chunk_size, "score_scale": score_scale}
+    gradients = dispatch.call("retention_backward", implementation, inputs, dy_BLHP, dmemory.kv_BHNP, **how)
     dq, dk, dv, dkv = gradients
     dmemory = Memory(dkv, None)  # type: ignore[arg-type]  # a count of tokens has no gradient
     return (Inputs(dq, dk, dv, jnp.zeros_like(inputs.log_decay_H), dmemory, None, None),)

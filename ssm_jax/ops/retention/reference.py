@@ -6,7 +6,7 @@ from jax import Array, lax
 from ssm_jax.ops.retention.inputs import Inputs, Memory
 
 
-def reference(inputs: Inputs, *, chunk_size: int) -> tuple[Array, Memory]:
+def reference(inputs: Inputs, *, chunk_size: int, score_scale: bool) -> tuple[Array, Memory]:
     """y_BLHP and the last memory. It is differentiated as it stands, whatever that stores."""
     del chunk_size
     dtype = inputs.memory.kv_BHNP.dtype
@@ -23,7 +23,9 @@ def reference(inputs: Inputs, *, chunk_size: int) -> tuple[Array, Memory]:
         tokens_B = jnp.where(reset_B, 0, memory.tokens_B)
         kv = gamma_H[:, None, None] * kv + k_BHN[..., :, None] * v_BHP[..., None, :]
         sum_BH = jnp.expm1((tokens_B[:, None] + 1) * inputs.log_decay_H) / jnp.expm1(inputs.log_decay_H)
-        y_BHP = jnp.sum(q_BHN[..., :, None] * kv, axis=2) / jnp.sqrt(sum_BH)[..., None]
+        y_BHP = jnp.sum(q_BHN[..., :, None] * kv, axis=2)
+        if score_scale:
+            y_BHP = y_BHP / jnp.sqrt(sum_BH)[..., None]
         kv = jnp.where(present_B[:, None, None, None], kv, memory.kv_BHNP)
         return Memory(kv, jnp.where(present_B, tokens_B + 1, memory.tokens_B)), y_BHP
 

@@ -8,21 +8,25 @@ from ssm_jax.ops.linear_attention import linear_attention
 from ssm_jax.ops.retention.inputs import Inputs, Memory, places, scale, tokens_after
 
 
-def forward(inputs: Inputs, *, chunk_size: int) -> tuple[Array, Memory]:
+def forward(inputs: Inputs, *, chunk_size: int, score_scale: bool) -> tuple[Array, Memory]:
     """y_BLHP and the last memory."""
     v, state = inputs.v_BLHP, inputs.memory.kv_BHNP
     places_BL = places(inputs)
     y, kv = _one_token(inputs) if v.shape[1] == 1 else _chunks(inputs, chunk_size)
-    y = y * scale(places_BL, inputs.log_decay_H)[..., None].astype(state.dtype)
+    if score_scale:
+        y = y * scale(places_BL, inputs.log_decay_H)[..., None].astype(state.dtype)
     return y.astype(v.dtype), Memory(kv, tokens_after(inputs, places_BL))
 
 
-def backward(inputs: Inputs, dy_BLHP: Array, dkv_BHNP: Array, *, chunk_size: int) -> tuple[Array, Array, Array, Array]:
+def backward(
+    inputs: Inputs, dy_BLHP: Array, dkv_BHNP: Array, *, chunk_size: int, score_scale: bool
+) -> tuple[Array, Array, Array, Array]:
     """The gradients of q, k, v and the state."""
 
     def run(q: Array, k: Array, v: Array, kv: Array) -> tuple[Array, Array]:
         memory = inputs.memory._replace(kv_BHNP=kv)
-        y, last = forward(inputs._replace(q_BLHN=q, k_BLHN=k, v_BLHP=v, memory=memory), chunk_size=chunk_size)
+        arrays = inputs._replace(q_BLHN=q, k_BLHN=k, v_BLHP=v, memory=memory)
+        y, last = forward(arrays, chunk_size=chunk_size, score_scale=score_scale)
         return y, last.kv_BHNP
 
     _, pullback = jax.vjp(run, inputs.q_BLHN, inputs.k_BLHN, inputs.v_BLHP, inputs.memory.kv_BHNP)
