@@ -20,6 +20,7 @@ from ssm_jax.typing import Activations, Positions
 
 _Heads = Float[Array, "B L H P"]
 _Keys = Float[Array, "B L G P"]
+_Past = Float[Array, "B S G P"]
 _Caches = tuple[key_cache.Cache, key_cache.Cache]
 _FEW = 512
 """Rows of a state that are read whether they are needed or not."""
@@ -126,7 +127,7 @@ def _many(
     room = pasts[0].shape[1]
     counts = [0, *(2**i for i in range(_FEW.bit_length() - 1, room.bit_length()) if 2**i < room), room]
 
-    def attend(count: int, q: _Heads, k: _Keys, v: _Keys, *pasts: _Keys) -> _Heads:
+    def attend(count: int, q: _Heads, k: _Keys, v: _Keys, *pasts: _Past) -> _Heads:
         last = (past[:, room - count :] for past in pasts)
         keys, values = (jnp.concatenate([old.astype(x.dtype), x], axis=1) for old, x in zip(last, (k, v), strict=True))
         return attention(q, keys, values, place_BL, window=block)
