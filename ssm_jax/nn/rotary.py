@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 Frequencies = np.ndarray
-"""Radians per position of every turned pair, float64 [P / 2]; constants of a program."""
+"""Radians per position of every turned pair, float64 [N]; constants of a program."""
 
 
 def geometric(width: int, base: float) -> Frequencies:
@@ -26,17 +26,20 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B L H P"]:
-    """Turns each pair (x_i, x_{i + P/2}) by the angle position * frequency_i; in float32, returned in x's dtype.
+    """Turns each pair (x_i, x_{i + N}), i < N, by the angle position * frequency_i; in float32, returned in x's dtype.
 
+    N is the number of frequencies; where a head has more than 2 N entries, those behind stay as they are.
     ``interleaved``: the pairs are (x_{2i}, x_{2i + 1}). Angles are within 1e-6 rad at every int32 position that is not negative.
     """
     angle_BLN = _angles(position_BL, frequencies)
     cos_BL1N, sin_BL1N = jnp.cos(angle_BLN)[:, :, None], jnp.sin(angle_BLN)[:, :, None]
-    x = x_BLHP.astype(jnp.promote_types(x_BLHP.dtype, jnp.float32))
+    width = 2 * len(frequencies)
+    x = x_BLHP[..., :width].astype(jnp.promote_types(x_BLHP.dtype, jnp.float32))
     one, other = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     turned = (one * cos_BL1N - other * sin_BL1N, other * cos_BL1N + one * sin_BL1N)
     joined = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
-    return joined.astype(x_BLHP.dtype)
+    joined = joined.astype(x_BLHP.dtype)
+    return jnp.concatenate([joined, x_BLHP[..., width:]], axis=-1) if width < x_BLHP.shape[-1] else joined
 
 
 def _angles(position_BL: Int[Array, "#B L"], frequencies: Frequencies) -> Float[Array, "#B L N"]:

@@ -10,6 +10,7 @@ class TransformerBlock(nn.Module):
 
     Attributes:
         post_norm: h <- norm(a h + dropout(mixer(h))) instead, and so for the perceptron.
+        parallel: the perceptron reads what the mixer reads, h <- h + dropout(mixer(norm(h))) + dropout(mlp(mlp_norm(h))).
         residual_scale: a; DeepNorm's is (2 layers)^(1/4) (Wang et al. 2022, arXiv:2203.00555).
     """
 
@@ -19,6 +20,7 @@ class TransformerBlock(nn.Module):
     mlp: nn.Module
     dropout: float = 0.0
     post_norm: bool = False
+    parallel: bool = False
     residual_scale: float = 1.0
 
     @nn.nowrap
@@ -40,5 +42,6 @@ class TransformerBlock(nn.Module):
             return norm(added_BLD).astype(h_BLD.dtype) if self.post_norm else added_BLD
 
         mixed_BLD, state = self.mixer(enter(self.norm, h_BLD), state, positions)
-        h_BLD = leave(self.norm, h_BLD, mixed_BLD)
-        return leave(self.mlp_norm, h_BLD, self.mlp(enter(self.mlp_norm, h_BLD))), state
+        after_BLD = leave(self.norm, h_BLD, mixed_BLD)
+        read_BLD = h_BLD if self.parallel else after_BLD
+        return leave(self.mlp_norm, after_BLD, self.mlp(enter(self.mlp_norm, read_BLD))), state

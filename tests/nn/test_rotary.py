@@ -24,6 +24,14 @@ def test_angles_are_exact_at_every_position(frequencies: np.ndarray, interleaved
     assert_close(got, expected, 3e-6)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_fewer_frequencies_turn_the_first_entries_and_leave_the_rest(interleaved: bool) -> None:
+    x, places = jnp.asarray(X, jnp.float32), jnp.asarray(PLACES, jnp.int32)[None]
+    got = rotate(x, places, geometric(16, 10_000.0), interleaved=interleaved)
+    narrow = rotate(x[..., :16], places, geometric(16, 10_000.0), interleaved=interleaved)
+    np.testing.assert_array_equal(got, jnp.concatenate([narrow, x[..., 16:]], axis=-1))
+
+
 def test_products_depend_on_distance_alone() -> None:
     q, k = (jnp.asarray(X[:, :1, :, :], jnp.float32)[:, :, [i]] for i in (0, 1))
 

@@ -43,6 +43,7 @@ class Attention(nn.Module):
         heads: H. head_dim: P. block: W. key_heads: G, None for H.
         bias: whether the four projections carry a bias.
         rotary_base: of the rotary angles (10,000 is usual); None turns nothing.
+        rotary_width: of each head, its first entries, which are turned; None for all.
         kernel_init, out_init: initialisers of q, k, v and of the output projection.
     """
 
@@ -52,6 +53,7 @@ class Attention(nn.Module):
     key_heads: int | None = None
     bias: bool = False
     rotary_base: float | None = None
+    rotary_width: int | None = None
     kernel_init: Initializer = initializers.torch_linear
     out_init: Initializer = initializers.torch_linear
     dtype: Dtype = jnp.float32
@@ -86,7 +88,7 @@ class Attention(nn.Module):
         key_heads = self.key_heads or self.heads
         q, k, v = project("q_proj", self.heads), project("k_proj", key_heads), project("v_proj", key_heads)
         if self.rotary_base is not None:
-            frequencies = geometric(self.head_dim, self.rotary_base)
+            frequencies = geometric(self.rotary_width or self.head_dim, self.rotary_base)
             q, k = (rotate(x, place_BL, frequencies) for x in (q, k))
         next_B = positions_lib.next_positions(before.position, length, positions)
         if state is not None and length == 1:
