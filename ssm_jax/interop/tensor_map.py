@@ -3,7 +3,8 @@
     {"layers.{i}.in_proj.weight": (linear("layers/mixer/in_proj/kernel"), linear("layers/mixer/B_proj/kernel"))}
 
 reads: rows of the published tensor of layer i are first those of slice i of our ``in_proj`` kernel, then those of
-``B_proj``; both are stored (out, in). (GPT-2 stores (in, out), and there columns stand side by side.) A name without ``{i}``
+``B_proj``; both are stored (out, in). (GPT-2 stores (in, out), and there columns stand side by side; in GPT-NeoX rows of the
+leaves take turns, head by head.) A name without ``{i}``
 is not stacked. The one map serves both directions. An entry whose leaves the model does not have (an absent bias) stands for
 a tensor that does not exist.
 """
@@ -29,12 +30,14 @@ class Part:
 
     to_torch: leaf (one layer's slice) -> block. from_torch: (block, the leaf's shape) -> leaf.
     axis: along which the blocks of one tensor stand, the same for all of them.
+    by_head: whether a block's first axis is one of heads, which the published tensor has merged with the second.
     """
 
     leaf: str
     to_torch: Callable[[Any], Any]
     from_torch: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
     axis: int = 0
+    by_head: bool = False
 
 
 TensorMap = Mapping[str, tuple[Part, ...]]
@@ -68,6 +71,18 @@ def vector(leaf: str) -> Part:
     return Part(leaf, lambda w: w.reshape(-1), lambda block, shape: block.reshape(shape))
 
 
+def head_linear(leaf: str) -> Part:
+    """A kernel [in, H, P] of ours; (H, P, in) in torch, where it shares each head's rows with its neighbours."""
+    return Part(
+        leaf, lambda w: w.transpose(1, 2, 0), lambda block, shape: block.transpose(2, 0, 1), axis=1, by_head=True
+    )
+
+
+def head_vector(leaf: str) -> Part:
+    """The bias [H, P] that goes with ``head_linear``."""
+    return Part(leaf, lambda w: w, lambda block, shape: block, axis=1, by_head=True)
+
+
 def same(leaf: str) -> Part:
     """A tensor with the same axes in both."""
     return Part(leaf, lambda w: w, lambda block, shape: block)
@@ -86,15 +101,22 @@ class _Entry:
         return self.parts[0][0].axis
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def joined(self) -> tuple[int, ...]:
+        """The shape of the blocks side by side."""
         whole = list(self.parts[0][2])
         whole[self.axis] = sum(block[self.axis] for *_, block in self.parts)
         return tuple(whole)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the published tensor."""
+        whole = self.joined
+        return (whole[0] * whole[1], *whole[2:]) if self.parts[0][0].by_head else whole
+
     def blocks(self, array: np.ndarray) -> list[np.ndarray]:
         """The parts of a published tensor."""
         ends = np.cumsum([block[self.axis] for *_, block in self.parts])
-        return np.split(array, ends[:-1], self.axis)
+        return np.split(array.reshape(self.joined), ends[:-1], self.axis)
 
 
 def to_tensors(tensor_map: TensorMap, params: Params) -> dict[str, Tensor]:
@@ -105,7 +127,8 @@ def to_tensors(tensor_map: TensorMap, params: Params) -> dict[str, Tensor]:
         def load() -> np.ndarray:
             arrays = [leaves[part.leaf][i] if entry.stacked else leaves[part.leaf] for part, *_ in entry.parts]
             blocks = [part.to_torch(np.asarray(a)) for (part, *_), a in zip(entry.parts, arrays, strict=True)]
-            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, entry.axis)
+            whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, entry.axis)
+            return whole.reshape(entry.shape)
 
         return Tensor(entry.shape, np.dtype(leaves[entry.parts[0][0].leaf].dtype), load)
 

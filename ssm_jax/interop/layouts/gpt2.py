@@ -10,21 +10,11 @@ from typing import Any
 
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop.layouts import transformers
-from ssm_jax.interop.layouts.fields import boolean, expect, integer, number, text
+from ssm_jax.interop.layouts.fields import boolean, expect, integer, number
 from ssm_jax.interop.layouts.layout import Json, Layout
 from ssm_jax.interop.tensor_map import Part, TensorMap, conv1d, linear, same, vector
 from ssm_jax.models import GPT2Config
 
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""Published name -> ours. The first of several is the one to write."""
 _HEAD = "lm_head.weight"
 _PREFIX = "transformer."
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -70,9 +60,6 @@ def _read(config: Json) -> dict[str, Any]:
     expect(config, "scale_attn_weights", True)
     expect(config, "scale_attn_by_inverse_layer_idx", False)
     expect(config, "add_cross_attention", False)
-    activation = text(config, "activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise LayoutError(f"'activation_function' is {activation!r}; ssm_jax has {', '.join(_ACTIVATIONS)}.")
     positions = integer(config, "n_positions", config.get("n_ctx", 1024))
     if integer(config, "n_ctx", positions) != positions:
         raise LayoutError(f"'n_ctx' is {config['n_ctx']} and 'n_positions' {positions}; they must be equal.")
@@ -85,7 +72,7 @@ def _read(config: Json) -> dict[str, Any]:
         "n_heads": integer(config, "n_head", 12),
         "n_positions": positions,
         "d_mlp": None if config.get("n_inner") is None else integer(config, "n_inner"),
-        "activation": _ACTIVATIONS[activation],
+        "activation": transformers.read_activation(config, "activation_function", "gelu_new"),
         "norm_eps": number(config, "layer_norm_epsilon", 1e-5),
         # Those of the embedding and of the attention weights (embd_pdrop, attn_pdrop) have no counterpart here.
         "dropout": number(config, "resid_pdrop", 0.1),
@@ -104,7 +91,7 @@ def _write(config: GPT2Config, dtype: str, special: Json) -> dict[str, dict[str,
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_inner": config.d_mlp,
-        "activation_function": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "activation_function": transformers.write_activation(config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "resid_pdrop": config.dropout,
         "embd_pdrop": 0.0,

@@ -1,6 +1,6 @@
 """LLaMA: ``transformers`` folders (LlamaForCausalLM)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from ssm_jax.errors import LayoutError
@@ -70,33 +70,13 @@ def _read(config: Json) -> dict[str, Any]:
         "n_kv_heads": optional("num_key_value_heads"),
         "head_dim": optional("head_dim"),
         "n_positions": integer(config, "max_position_embeddings", config.get("max_sequence_length", 2048)),
-        "rope_base": _rope_base(config),
+        "rope_base": number(transformers.read_angles(config), "rope_theta", number(config, "rope_theta", 10_000.0)),
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "attention_bias": boolean(config, "attention_bias", False),
         "mlp_bias": boolean(config, "mlp_bias", False),
         "tie_embeddings": boolean(config, "tie_word_embeddings", False),
         # The published dropout is that of the attention weights (attention_dropout), which has no counterpart here.
     }
-
-
-def _rope_base(config: Json) -> float:
-    """The base of the angles, of either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta`` beside ``rope_scaling``.
-
-    Raises:
-        LayoutError: angles that are stretched.
-    """
-    base = number(config, "rope_theta", 10_000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        said = config.get(key) or {}
-        if not isinstance(said, Mapping):
-            raise LayoutError(f"{key!r} is {said!r}; it must be a table.")
-        kind = said.get("rope_type", said.get("type", "default"))
-        if kind != "default":
-            raise LayoutError(
-                f"{key!r} is of the kind {kind!r}; ssm_jax has only 'default', angles as they were published."
-            )
-        base = number(said, "rope_theta", base)
-    return base
 
 
 def _write(config: LlamaConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:

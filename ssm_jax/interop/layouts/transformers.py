@@ -5,7 +5,7 @@ Defaults for missing fields are those of the classes MambaConfig and Mamba2Confi
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ from ssm_jax.models import Mamba2Config, MambaConfig
 
 EMBEDDING = "backbone.embeddings.weight"
 _ALIASES = {"backbone.embedding.weight": EMBEDDING}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Name there -> ours. The first of several is the one to write."""
 LOAD = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{path}")'
 
 
@@ -151,6 +161,39 @@ def _write_mamba2(config: Mamba2Config, dtype: str, special: Json) -> dict[str, 
     if (low, high) != (0.0, math.inf):  # absent means (0, inf): strict JSON that every release reads
         own["time_step_limit"] = [low, {"__float__": "Infinity"} if high == math.inf else high]
     return _write_files("mamba2", "Mamba2ForCausalLM", config, own, dtype, special)
+
+
+def read_activation(config: Json, key: str, default: str) -> str:
+    """Our name of an activation. Raises LayoutError for one that ssm_jax lacks."""
+    activation = text(config, key, default)
+    if activation not in ACTIVATIONS:
+        raise LayoutError(f"{key!r} is {activation!r}; ssm_jax has {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[activation]
+
+
+def write_activation(activation: str) -> str:
+    """The name there of an activation of ours."""
+    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def read_angles(config: Json) -> dict[str, Any]:
+    """What a config says of rotary angles, in either spelling: ``rope_parameters`` (transformers 5) or ``rope_scaling``.
+
+    Raises:
+        LayoutError: angles that are stretched.
+    """
+    angles: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        said = config.get(key) or {}
+        if not isinstance(said, Mapping):
+            raise LayoutError(f"{key!r} is {said!r}; it must be a table.")
+        kind = said.get("rope_type", said.get("type", "default"))
+        if kind != "default":
+            raise LayoutError(
+                f"{key!r} is of the kind {kind!r}; ssm_jax has only 'default', angles as they were published."
+            )
+        angles |= said
+    return angles
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
