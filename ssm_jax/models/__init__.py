@@ -4,6 +4,7 @@ from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nn
 from ssm_jax.models.dense_mamba import DenseMambaConfig
 from ssm_jax.models.dense_retnet import DenseRetNetConfig
 from ssm_jax.models.gpt2 import GPT2Config
+from ssm_jax.models.gpt_neox import GPTNeoXConfig
 from ssm_jax.models.gss import GSSConfig
 from ssm_jax.models.llama import LlamaConfig
 from ssm_jax.models.lm import LanguageModel
@@ -18,6 +19,7 @@ __all__ = [
     "DenseMambaConfig",
     "DenseRetNetConfig",
     "GPT2Config",
+    "GPTNeoXConfig",
     "GSSConfig",
     "LanguageModel",
     "LlamaConfig",

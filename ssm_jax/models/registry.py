@@ -9,7 +9,7 @@ from flax.typing import Initializer
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gss, llama, mamba, mamba2, retnet
+from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gpt_neox, gss, llama, mamba, mamba2, retnet
 from ssm_jax.models.common import layer_norm, rms_norm
 from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
@@ -91,6 +91,17 @@ FAMILIES: dict[str, Family] = {
         final_norm=layer_norm,
         context_limit=lambda config: config.n_positions,
         learned_positions=True,
+    ),
+    "gpt_neox": Family(
+        gpt_neox.GPTNeoXConfig,
+        gpt_neox.layer,
+        gpt_neox.PRESETS,
+        gpt_neox.flops_per_token,
+        final_norm=layer_norm,
+        embedding_std=gpt_neox.embedding_std,
+        head_init=gpt_neox.SMALL_INIT,
+        context_limit=lambda config: config.n_positions,
+        aliases=gpt_neox.ALIASES,
     ),
     "llama": Family(
         llama.LlamaConfig,

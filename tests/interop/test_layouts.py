@@ -122,7 +122,7 @@ def test_mamba2_is_recognised_by_its_tensors_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "gpt2"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "gpt2", "gpt_neox"])
 def test_defaults_are_those_of_the_class(family: str) -> None:
     from transformers import AutoConfig
 
@@ -222,6 +222,11 @@ WRITTEN: dict[str, dict[str, Any]] = {
         },
         **{"norm_eps": 1e-3, "dropout": 0.25, "score_normaliser": "abs_sum", "trained_normaliser": "abs_sum"},
     },
+    "gpt_neox": {
+        **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_mlp": 40},
+        **{"n_positions": 77, "rotary_fraction": 0.5, "rope_base": 500.0, "parallel_residual": False},
+        **{"activation": "relu", "attention_bias": False, "tie_embeddings": True, "norm_eps": 1e-3, "dropout": 0.25},
+    },
     "llama": {
         **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 6},
         **{"n_kv_heads": 3, "head_dim": 12, "d_mlp": 40, "n_positions": 77, "rope_base": 500.0},
@@ -284,6 +289,7 @@ EXTREMES: dict[str, list[dict[str, Any]]] = {
     "dense_retnet": [{"n_heads": 4}, {"n_heads": 2, "tie_embeddings": True}],
     "gss": [{"final_norm": True}, {"tie_embeddings": True}],
     "gpt2": [{"n_heads": 4, "d_mlp": 24, "tie_embeddings": False}, {"n_heads": 2}],
+    "gpt_neox": [{"n_heads": 4}, {"n_heads": 2, "attention_bias": False, "tie_embeddings": True}],
     "llama": [{"n_heads": 4, "attention_bias": True, "mlp_bias": True}, {"n_heads": 4, "tie_embeddings": True}],
 }
 """Family -> fields of configs that together have every leaf the family knows."""

@@ -23,6 +23,7 @@ from ssm_jax.models import (
     DenseMambaConfig,
     DenseRetNetConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GSSConfig,
     LlamaConfig,
     Mamba2Config,
@@ -100,6 +101,19 @@ UNUSUAL = {
     ),
     "dense_retnet": DenseRetNetConfig(
         vocab_size=91, d_model=64, n_layers=3, n_heads=2, dropout=0.25, pad_vocab_size_multiple=8, dtype="bfloat16"
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        vocab_size=91,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_positions=20,
+        rotary_fraction=0.5,
+        parallel_residual=False,
+        activation="silu",
+        dropout=0.25,
+        pad_vocab_size_multiple=8,
+        dtype="bfloat16",
     ),
     "llama": LlamaConfig(
         vocab_size=91,

@@ -27,6 +27,7 @@ def small_model(family: str = "mamba") -> LanguageModel:
         "mamba": {},
         "mamba2": {"headdim": 4, "d_state": 8, "ngroups": 2},
         "gpt2": {"n_heads": 4, "n_positions": LENGTH},
+        "gpt_neox": {"n_heads": 2, "n_positions": LENGTH},
         "llama": {"n_heads": 4, "n_kv_heads": 2, "n_positions": LENGTH},
     }
     return ssm_jax.build(family, vocab_size=VOCAB, d_model=16, n_layers=2, **extra[family])
@@ -203,16 +204,18 @@ def test_the_state_is_donated() -> None:
 
 
 def test_weight_decay_of_the_real_models() -> None:
+    transformer = {
+        "q_proj/bias", "k_proj/bias", "v_proj/bias", "out_proj/bias", "up_proj/bias", "down_proj/bias", "norm_f/scale",
+        "norm_f/bias", "layers/norm/scale", "layers/norm/bias", "mlp_norm/scale", "mlp_norm/bias",
+    }  # fmt: skip
     kept_out = {
         "mamba": {"A_log", "D", "dt_bias", "conv/bias", "norm_f/scale", "layers/norm/scale"},
         "mamba2": {
             "A_log", "D", "dt_bias", "conv_x/bias", "conv_B/bias", "conv_C/bias", "mixer/norm/scale", "norm_f/scale",
             "layers/norm/scale",
         },
-        "gpt2": {
-            "q_proj/bias", "k_proj/bias", "v_proj/bias", "out_proj/bias", "up_proj/bias", "down_proj/bias", "norm_f/scale",
-            "norm_f/bias", "layers/norm/scale", "layers/norm/bias", "mlp_norm/scale", "mlp_norm/bias",
-        },
+        "gpt2": transformer,
+        "gpt_neox": transformer,
         "llama": {"norm_f/scale", "layers/norm/scale", "mlp_norm/scale"},
     }  # fmt: skip
     for family, endings in kept_out.items():

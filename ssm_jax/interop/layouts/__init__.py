@@ -16,6 +16,7 @@ from ssm_jax.interop.layouts import (
     dense_ssm,
     fla,
     gpt2,
+    gpt_neox,
     gss,
     llama,
     mamba_ssm,
@@ -41,6 +42,7 @@ LAYOUTS: tuple[Layout, ...] = (
     dense_ssm.GITHUB,
     gpt2.TRANSFORMERS,
     gpt2.OPENAI,
+    gpt_neox.TRANSFORMERS,
     llama.TRANSFORMERS,
 )
 
