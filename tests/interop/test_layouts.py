@@ -245,12 +245,21 @@ WRITTEN: dict[str, dict[str, Any]] = {
     },
 }
 """Family -> fields of a config, none at its default."""
+_FLA: dict[str, Any] = {"rotary": "halves", "score_scale": False}
+WRITTEN_AS = {
+    "fla": {
+        **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_value": 66},
+        **{"d_mlp": 40, "norm_scale": True, "norm_eps": 1e-3, "trained_normaliser": "abs_sum", **_FLA},
+    }
+}
+"""Layout -> such fields, where it has other models of the family than the rest."""
 _NOT_OF_THE_PACKAGE = {"final_norm", "tie_embeddings", "init", "memory", "accurate"}
 _RETENTION = {"pad_vocab_size_multiple", "trained_normaliser"}
 KEPT_BY_US = {
     "transformers": {"A_init_range", "pad_vocab_size_multiple"},
     "dense_mamba": {"pad_vocab_size_multiple"},
     "syncdoth": _RETENTION,
+    "fla": _RETENTION,
     "torchscale": _RETENTION | {"score_normaliser"},
     "dense_ssm_hub": _RETENTION,
     "dense_ssm": _RETENTION | {"score_normaliser"},
@@ -263,7 +272,7 @@ KEPT_BY_US = {
 
 @pytest.mark.parametrize("row", [row for row in LAYOUTS if row.write_files], ids=lambda row: f"{row.name}-{row.family}")
 def test_a_written_config_reads_back_as_the_model(row: Any) -> None:
-    fields = WRITTEN[row.family]
+    fields = WRITTEN_AS.get(row.name, WRITTEN[row.family])
     config = ssm_jax.build(row.family, **fields).config
     content = json.loads(json.dumps(row.write_files(config, "float32", {})[row.config_file]))
     read = row.read_config(content)
@@ -293,11 +302,14 @@ EXTREMES: dict[str, list[dict[str, Any]]] = {
     "llama": [{"n_heads": 4, "attention_bias": True, "mlp_bias": True}, {"n_heads": 4, "tie_embeddings": True}],
 }
 """Family -> fields of configs that together have every leaf the family knows."""
+EXTREMES_AS: dict[str, list[dict[str, Any]]] = {
+    "fla": [{"n_heads": 2, "d_value": 128, "d_mlp": 96, "norm_scale": scaled, **_FLA} for scaled in (True, False)]
+}
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: f"{row.name}-{row.family}")
 def test_every_leaf_of_every_family_has_a_place_in_every_layout(row: Any) -> None:
-    for fields in EXTREMES[row.family]:
+    for fields in EXTREMES_AS.get(row.name, EXTREMES[row.family]):
         if row.head not in row.tensors and not fields.get("tie_embeddings", True):
             continue  # the format is always tied
         model = ssm_jax.build(row.family, vocab_size=16, d_model=64, n_layers=2, **fields)
