@@ -4,11 +4,12 @@
 
 A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms`` (name -> model section), ``seeds`` and
 ``pairs`` of arms to compare. Every finished run is one line of ``output``/results.jsonl; a study that is started again leaves
-those out. Arms of a pair must not differ in parameters by more than 2 %. The same seed means the same rows in the same order for
-every arm, so differences are taken seed by seed.
+those out, and refuses lines of other configs. Arms of a pair must not differ in parameters by more than 2 %. The same seed means
+the same rows in the same order for every arm, so differences are taken seed by seed.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -28,13 +29,40 @@ def main() -> None:
     output = Path(study["output"])
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
+    check(study, read(results), results)
     for seed in study["seeds"]:
         for arm, model in study["arms"].items():
             if not any((line["arm"], line["seed"]) == (arm, seed) for line in read(results)):
-                line = {"arm": arm, "seed": seed, **train(study, model, output / f"{arm}-{seed}", seed)}
+                scores = train(study, model, output / f"{arm}-{seed}", seed)
+                line = {"arm": arm, "seed": seed, "of": fingerprint(study, arm), **scores}
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+                check_sizes(read(results), study["pairs"])
     print(table(read(results), study["pairs"]))
+
+
+def fingerprint(study: dict[str, Any], arm: str) -> str:
+    """What tells the runs of one config from those of another."""
+    return hashlib.sha256(json.dumps([study["run"], study["arms"][arm]], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(study: dict[str, Any], lines: list[dict[str, Any]], results: Path) -> None:
+    """Before anything is trained. Raises ValueError: a pair of arms that are not there, finished runs of another config."""
+    for arm in {arm for pair in study["pairs"] for arm in pair} - set(study["arms"]):
+        raise ValueError(f"pairs name the arm {arm!r}; the arms are {', '.join(study['arms'])}")
+    for line in lines:
+        if line["arm"] in study["arms"] and line["of"] != fingerprint(study, line["arm"]):
+            raise ValueError(
+                f"{results} has a run of the arm {line['arm']!r} with another config; remove its lines, or choose another output"
+            )
+
+
+def check_sizes(lines: list[dict[str, Any]], pairs: list[list[str]]) -> None:
+    """Raises ValueError: the arms of a pair differ in size. Arms that have not run yet are left out."""
+    sizes = {line["arm"]: line["parameters"] for line in lines}
+    for one, other in pairs:
+        if {one, other} <= set(sizes) and abs(sizes[other] / sizes[one] - 1) > TOLERANCE:
+            raise ValueError(f"{one} has {sizes[one]:,} parameters and {other} {sizes[other]:,}: more than 2 % apart")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -66,6 +94,7 @@ def table(lines: list[dict[str, Any]], pairs: list[list[str]]) -> str:
     Raises:
         ValueError: the arms of a pair differ in size.
     """
+    check_sizes(lines, pairs)
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         by_arm.setdefault(line["arm"], {})[line["seed"]] = line
@@ -76,9 +105,6 @@ def table(lines: list[dict[str, Any]], pairs: list[list[str]]) -> str:
         size = next(iter(runs.values()))["parameters"]
         rows.append(f"{arm:24}{size:>12,}{spread(scores):>22}{speed:>12,.0f}")
     for one, other in pairs:
-        sizes = [next(iter(by_arm[arm].values()))["parameters"] for arm in (one, other)]
-        if abs(sizes[1] / sizes[0] - 1) > TOLERANCE:
-            raise ValueError(f"{one} has {sizes[0]:,} parameters and {other} {sizes[1]:,}: more than 2 % apart")
         seeds = sorted(set(by_arm[one]) & set(by_arm[other]))
         changes = [by_arm[other][seed]["bits_per_byte"] - by_arm[one][seed]["bits_per_byte"] for seed in seeds]
         listed = ", ".join(f"{change:+.4f}" for change in changes)

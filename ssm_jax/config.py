@@ -179,7 +179,16 @@ def _convert_union(value: Any, hint: Any, args: tuple[Any, ...], where: str) -> 
         except ConfigError as error:
             if dataclasses.is_dataclass(arg) and isinstance(value, Mapping):
                 raise error
-    raise _wrong_type(value, str(hint).replace("NoneType", "null").replace("None", "null"), where)
+    raise _wrong_type(value, " or ".join(_said(arg) for arg in args), where)
+
+
+def _said(hint: Any) -> str:
+    """A type as the reader of a message would call it."""
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def _convert_sequence(value: Any, origin: type, args: tuple[Any, ...], where: str) -> Any:

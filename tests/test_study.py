@@ -57,12 +57,39 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         return {key: value for key, value in line("", 0, 2.0).items() if key not in ("arm", "seed")}
 
     monkeypatch.setattr(study_lib, "train", train)
-    content = {"output": str(tmp_path / "out"), "seeds": [0, 1], "pairs": [], "arms": {"a": {}, "b": {}}, "run": {}}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    content: dict[str, Any] = {"output": str(tmp_path / "out"), "seeds": [0, 1], "pairs": [["a", "b"]], "run": {}}
+    content["arms"] = {"a": {}, "b": {}}
+
+    def run(**changed: Any) -> None:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | changed))
+        study_lib.main()
+
     monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "study.yaml")])
-    study_lib.main()
+    run()
     results = tmp_path / "out" / "results.jsonl"
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:3]))
-    study_lib.main()
+    run()
     assert trained == ["a-0", "b-0", "a-1", "b-1", "b-1"]
     assert [json.loads(text)["arm"] for text in results.read_text().splitlines()] == ["a", "b", "a", "b"]
+    with pytest.raises(ValueError, match="has a run of the arm 'b' with another config; remove its lines"):
+        run(arms={"a": {}, "b": {"d_model": 8}})
+    with pytest.raises(ValueError, match="pairs name the arm 'c'; the arms are a, b"):
+        run(pairs=[["a", "c"]])
+    assert len(trained) == 5
+
+
+def test_unequal_arms_stop_a_study_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(study: Any, model: Any, output: Path, seed: int) -> dict[str, Any]:
+        trained.append(output.name)
+        return {"bits_per_byte": 2.0, "tokens_per_s": 10.0, "parameters": model["size"]}
+
+    monkeypatch.setattr(study_lib, "train", train)
+    content = {"output": str(tmp_path / "out"), "seeds": [0, 1], "pairs": [["a", "b"]], "run": {}}
+    content["arms"] = {"a": {"size": 100}, "b": {"size": 103}, "c": {"size": 100}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "study.yaml")])
+    with pytest.raises(ValueError, match="a has 100 parameters and b 103"):
+        study_lib.main()
+    assert trained == ["a-0", "b-0"]

@@ -24,6 +24,18 @@ def require_rate(dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
 
 
+def require_epsilon(norm_eps: float) -> None:
+    """Raises ValueError unless the epsilon of the norms is above 0."""
+    if norm_eps <= 0:
+        raise ValueError(f"norm_eps is {norm_eps}; it must be above 0")
+
+
+def require_chunk(chunk_size: int | None) -> None:
+    """Raises ValueError unless a chunk has at least one token."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or null for the best one")
+
+
 def published(d_model: int, n_layers: int) -> dict[str, Any]:
     """Fields of a size published by state-spaces: trained with the GPT-NeoX tokenizer, everything else as by default."""
     return {"vocab_size": 50277, "d_model": d_model, "n_layers": n_layers}

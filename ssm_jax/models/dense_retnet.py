@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, require, require_rate, rms_norm, round_up
+from ssm_jax.models.common import kinds, require, require_chunk, require_epsilon, require_rate, rms_norm, round_up
 from ssm_jax.models.retnet import require_head_widths
 from ssm_jax.nn.dense import DenseBlock
 from ssm_jax.nn.mixers import Retention
@@ -51,6 +51,8 @@ class DenseRetNetConfig:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
+        require_chunk(self.chunk_size)
         require(self, "vocab_size", "d_model", "n_layers", "n_heads", "d_key_resolved", "d_value_resolved")
         require(self, "key_gate_ratio", "value_gate_ratio", "pad_vocab_size_multiple")
         require_head_widths(self.n_heads, d_key=self.d_key_resolved, d_value=self.d_value_resolved)

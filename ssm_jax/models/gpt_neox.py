@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, layer_norm, require, require_rate, round_up
+from ssm_jax.models.common import kinds, layer_norm, require, require_epsilon, require_rate, round_up
 from ssm_jax.nn.mixers import Attention
 from ssm_jax.nn.mlp import MLP
 from ssm_jax.nn.transformer_block import TransformerBlock
@@ -67,6 +67,7 @@ class GPTNeoXConfig:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
         require(self, "vocab_size", "d_model", "n_layers", "n_heads", "n_positions", "pad_vocab_size_multiple")
         if self.d_mlp is not None:
             require(self, "d_mlp")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, layer_norm, require, require_rate, round_up
+from ssm_jax.models.common import kinds, layer_norm, require, require_chunk, require_epsilon, require_rate, round_up
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Attention, GatedStateSpace
 from ssm_jax.nn.mixers.gss import derive as derive_mixer
@@ -64,6 +64,8 @@ class GSSConfig:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
+        require_chunk(self.chunk_size)
         require(self, "vocab_size", "d_model", "n_layers", "dss_kernel_N", "dss_kernel_H", "pad_vocab_size_multiple")
         require(self, "d_inner")
         if self.memory < 3:

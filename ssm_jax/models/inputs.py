@@ -63,6 +63,27 @@ def check_length(tokens: Array, positions: Array | None, state: LMState | None, 
         )
 
 
+def check_start(positions: Array | None, state: LMState | None) -> None:
+    """That every row begins a document or goes on where its state stands, where values can be read.
+
+    Raises:
+        ValueError: a row whose first position is neither 0 nor the state's next one.
+    """
+    if positions is None or not positions.shape[1] or not _readable(positions):
+        return
+    if state is not None and not _readable(state.position):
+        return
+    first = np.asarray(positions)[:, 0]
+    stands = np.zeros_like(first) if state is None else np.asarray(state.position)
+    wrong = np.flatnonzero((first > 0) & (first != stands))
+    if len(wrong):
+        row = wrong[0]
+        where = "there is no state before it" if state is None else f"its state stands at {stands[row]}"
+        raise ValueError(
+            f"positions: row {row} begins at {first[row]}, and {where}; begin with 0 (a new document) or go on from the state."
+        )
+
+
 def _longest(tokens: Array, positions: Array | None, state: LMState | None) -> int:
     """Tokens of the longest document after this call, as far as it can be known."""
     if positions is not None:

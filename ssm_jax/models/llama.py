@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, require, require_rate, rms_norm, round_up
+from ssm_jax.models.common import kinds, require, require_epsilon, require_rate, rms_norm, round_up
 from ssm_jax.nn.mixers import Attention
 from ssm_jax.nn.mlp import MLP
 from ssm_jax.nn.transformer_block import TransformerBlock
@@ -62,6 +62,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
         require(self, "vocab_size", "d_model", "n_layers", "n_heads", "n_positions", "pad_vocab_size_multiple")
         require(self, *(name for name in ("n_kv_heads", "head_dim", "d_mlp") if getattr(self, name) is not None))
         if self.rope_base <= 1:

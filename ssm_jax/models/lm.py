@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from ssm_jax.models import registry
-from ssm_jax.models.inputs import check_inputs, check_length
+from ssm_jax.models.inputs import check_inputs, check_length, check_start
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
 from ssm_jax.nn.dense import enter, leave
@@ -79,8 +79,9 @@ class LanguageModel(nn.Module):
 
         Raises:
             ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table, a
-                document longer than the model's context or the state's capacity, and a -1 that is not at the end of its row.
-                Inside ``jit`` the former two give NaN, the latter is undefined.
+                document longer than the model's context or the state's capacity, a row that begins neither at 0 nor where its
+                state stands, and a -1 that is not at the end of its row. Inside ``jit`` the former two give NaN, the others are
+                undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
         if logits == "none":
@@ -99,6 +100,7 @@ class LanguageModel(nn.Module):
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
         family = registry.family_of(self.config)
         check_inputs(tokens, positions, self.config.padded_vocab_size)
+        check_start(positions, state)
         check_length(tokens, positions, state, family.context_limit(self.config))
         h_BLD, position_B = self._embedded(tokens, state, positions)
         h_BLD, layer_states = scan_layers(

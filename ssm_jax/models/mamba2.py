@@ -3,7 +3,16 @@
 import dataclasses
 from typing import Any, Literal
 
-from ssm_jax.models.common import kinds, published, require, require_rate, rms_norm, round_up
+from ssm_jax.models.common import (
+    kinds,
+    published,
+    require,
+    require_chunk,
+    require_epsilon,
+    require_rate,
+    rms_norm,
+    round_up,
+)
 from ssm_jax.nn.block import Block
 from ssm_jax.nn.mixers import Mamba2
 
@@ -45,6 +54,8 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
+        require_chunk(self.chunk_size)
         require(self, "vocab_size", "d_model", "n_layers", "d_state", "d_conv", "expand", "headdim", "ngroups")
         require(self, "pad_vocab_size_multiple")
         if self.d_inner % self.headdim:

@@ -5,7 +5,16 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from ssm_jax.models.common import kinds, layer_norm, require, require_rate, rms_norm, round_up
+from ssm_jax.models.common import (
+    kinds,
+    layer_norm,
+    require,
+    require_chunk,
+    require_epsilon,
+    require_rate,
+    rms_norm,
+    round_up,
+)
 from ssm_jax.nn import initializers
 from ssm_jax.nn.mixers import Retention
 from ssm_jax.nn.mlp import MLP
@@ -28,7 +37,7 @@ class RetNetConfig:
             flash-linear-attention.
         score_normaliser: None for the exact form, whatever the checkpoint was trained with; "abs_sum" or "sum_abs" for the
             published parallel forms, which take no state.
-        trained_normaliser: the one that an imported checkpoint was trained with; changes nothing.
+        trained_normaliser: the one that an imported checkpoint was trained with, where its files tell; changes nothing.
     """
 
     vocab_size: int
@@ -62,6 +71,8 @@ class RetNetConfig:
 
     def __post_init__(self) -> None:
         require_rate(self.dropout)
+        require_epsilon(self.norm_eps)
+        require_chunk(self.chunk_size)
         require(self, "vocab_size", "d_model", "n_layers", "n_heads", "d_value", "d_mlp", "pad_vocab_size_multiple")
         require_head_widths(self.n_heads, d_model=self.d_model, d_value=self.d_value)
         if self.mlp_norm and self.mlp != "plain":

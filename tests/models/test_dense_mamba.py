@@ -24,7 +24,6 @@ class TestDenseMamba(ModelConformance):
             **{**TINY, "n_layers": 2}, dense_layers=1, gate="state", projection="linear", tie_embeddings=False
         ),
     }
-    tolerance = 5e-5
 
 
 def drawn(model: Any, seed: int = 0) -> Any:

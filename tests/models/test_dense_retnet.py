@@ -30,12 +30,20 @@ class TestDenseRetNet(ModelConformance):
             **{**TINY, "n_layers": 3}, **GATES, gate=False, projection="linear", tie_embeddings=True
         ),
     }
-    tolerance = 5e-5
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 def test_published_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     assert ssm_jax.count_parameters(ssm_jax.build(name).config) == parameters
+
+
+@pytest.mark.parametrize("fields", [{}, {"gate": False, "projection": "linear"}], ids=["gated", "linear"])
+def test_operations_are_those_of_the_matrices_and_of_the_memory(fields: dict[str, Any]) -> None:
+    model = ssm_jax.build("dense_retnet", **TINY, **GATES, dense_layers=2, **fields)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    kernels = [leaf.size for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
+    memories = 4 * 2 * 8 * 32 // 2
+    assert ssm_jax.flops_per_token(model.config, 77) == 2 * (sum(kernels) + memories)
 
 
 def logits_of(model: Any, params: Any, tokens: jax.Array) -> jax.Array:

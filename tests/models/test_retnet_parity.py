@@ -17,6 +17,7 @@ import pytest
 import ssm_jax
 from ssm_jax import ops
 from ssm_jax.errors import LayoutError
+from ssm_jax.interop.layouts import rel_pos
 from ssm_jax.interop.pretrained import open_folder
 from ssm_jax.interop.safetensors_file import read_safetensors, write_safetensors
 from ssm_jax.interop.tensor import Tensor
@@ -89,7 +90,7 @@ def test_recurrent_logits_and_caches(case: str, folder: Path) -> None:
     """One call of the exact form, and another in two pieces, against what the original computed token by token."""
     io = golden(case)[1]
     model, params = ssm_jax.from_pretrained(folder)
-    assert model.config.trained_normaliser == "sum_abs"
+    assert model.config.trained_normaliser == (None if case.startswith("retnet_torchscale") else "sum_abs")
     positions, point = positions_of(case), 9
     logits, state = apply(model, params, io["input_ids"], None, positions)
     first, middle = apply(
@@ -166,6 +167,20 @@ def test_decays_of_no_rule_are_refused(case: str, folder: Path) -> None:
     rewrite(folder, lambda name, x: x * 0.5 if name.endswith("rel_pos.decay") else x)
     with pytest.raises(LayoutError, match=r"the stored decays \(0.98.*follow neither"):
         ssm_jax.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_decays_as_the_originals_compute_them_are_known(dtype: str) -> None:
+    """Of many heads, where 1 - 2^(-5-h) is 1 in their float32; in half precision as checkpoints of such store them."""
+    computed = np.log(1 - np.exp2(-5 - np.arange(32, dtype=np.float32), dtype=np.float32), dtype=np.float32)
+    assert computed[-1] == 0
+    stored = computed.astype(jnp.dtype(dtype))
+    tensors = {rel_pos.DECAY: Tensor(stored.shape, stored.dtype, lambda: stored)}
+    assert rel_pos.decay_rule(tensors, "log_spaced") == "powers"
+    for factor in (1.01, 0.99):
+        other = (computed * factor).astype(jnp.dtype(dtype))
+        with pytest.raises(LayoutError, match="follow neither"):
+            rel_pos.decay_rule({rel_pos.DECAY: Tensor(other.shape, other.dtype, lambda other=other: other)}, "powers")
 
 
 @pytest.mark.parametrize("case", ["dense_retnet/case_c_checkpoint_style_ratios"])

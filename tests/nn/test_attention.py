@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ssm_jax.nn.mixers import Attention
+from ssm_jax.nn.mixers import attention as attention_module
 from ssm_jax.ops.attention import attention
 from tests.conformance.compare import assert_close, assert_trees_close
 from tests.conformance.jaxpr import array_sizes
@@ -117,6 +118,44 @@ def in_pieces(
 
 
 @pytest.mark.parametrize(("block", "capacity"), [(64, 37), (8, 100)])
+def lanes_with_room(monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Any, Any, jax.Array, np.ndarray]:
+    """A mixer that reads at least ``few`` rows of a state, its variables, inputs, and how much each of four lanes has read."""
+    monkeypatch.setattr(attention_module, "_FEW", few)
+    variables, x = drawn(4, 60, rotary_base=100.0)
+    return module(64, rotary_base=100.0), variables, x, np.array([0, 3, 40, 17])
+
+
+def test_rows_of_a_state_are_read_as_far_as_any_lane_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes at different places, in a state with room for many more; then a new document in the longest one."""
+    mixer, variables, x, read = lanes_with_room(monkeypatch, 4)
+    index = np.arange(40)
+    before = jnp.asarray(np.where(index < read[:, None], index, -1), jnp.int32)
+    _, state = jax.jit(mixer.apply)(variables, x[:, :40], mixer.init_state(4, capacity=60), before)
+    rest = jnp.stack([x[lane, n : n + 9] for lane, n in enumerate(read)])
+    for starts in (read, np.where(read == 40, 0, read)):
+        at = jnp.asarray(starts[:, None] + np.arange(9), jnp.int32)
+        got, _ = jax.jit(mixer.apply)(variables, rest, state, at)
+        for lane, n in enumerate(read):
+            whole = x[lane, n : n + 9] if starts[lane] == 0 else x[lane, : n + 9]
+            expected, _ = jax.jit(mixer.apply)(variables, whole[None])
+            assert_close(got[lane], expected[0, -9:], 2e-5)
+
+
+def test_gradients_through_a_state_keep_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ways there are to read it: a switch would keep what every one of them needs."""
+
+    def memory(few: int) -> int:
+        mixer, variables, x, _ = lanes_with_room(monkeypatch, few)
+        state = mixer.init_state(4, capacity=60)
+
+        def loss(variables: Any, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(mixer.apply(variables, x, state)[0]))
+
+        return int(jax.jit(jax.grad(loss)).lower(variables, x[:, :30]).compile().memory_analysis().temp_size_in_bytes)
+
+    assert memory(2) < 1.1 * memory(64)
+
+
 @pytest.mark.parametrize("pieces", [(5, 1, 1, 23, 7), (1,) * 37], ids=str)
 def test_a_state_with_room_for_what_is_read_gives_the_same(block: int, capacity: int, pieces: tuple[int, ...]) -> None:
     variables, x = drawn()

@@ -11,6 +11,10 @@ from ssm_jax.nn.rotary import geometric_to_end
 
 ANGLE, DECAY = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 _RULES: tuple[DecayRule, ...] = ("powers", "log_spaced")
+_ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}
+"""Type of a stored number -> how far rounding may have moved it, relative to it."""
+_ABSOLUTE = 1e-7
+"""How far the originals' own arithmetic may: in float32 1 - 2^-25 is 1, and its logarithm 0."""
 
 
 def buffers(heads: int, key_dim: int, rule: DecayRule = "powers") -> dict[str, np.ndarray]:
@@ -28,9 +32,9 @@ def decay_rule(tensors: Mapping[str, Tensor], default: DecayRule) -> DecayRule:
     if DECAY not in tensors:
         return default
     stored = np.asarray(tensors[DECAY].load(), np.float64)
+    rounding = _ROUNDING.get(str(tensors[DECAY].dtype), 1e-6)
     for rule in _RULES:
-        # Checkpoints stored in half precision have rounded them.
-        if stored.ndim == 1 and np.allclose(stored, log_decays(rule, len(stored)), rtol=2e-2):
+        if stored.ndim == 1 and np.allclose(stored, log_decays(rule, len(stored)), rtol=rounding, atol=_ABSOLUTE):
             return rule
     gammas = ", ".join(f"{gamma:.6g}" for gamma in np.exp(stored).ravel()[:4])
     raise LayoutError(f"the stored decays ({gammas}, ...) follow neither 1 - 2^(-5-h) nor syncdoth's use_lm_decay.")

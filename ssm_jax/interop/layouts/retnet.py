@@ -92,7 +92,7 @@ def _read(config: Json) -> dict[str, Any]:
         "embedding_scale": not boolean(config, "no_scale_embedding", True),
         "embedding_norm": boolean(config, "layernorm_embedding", False),
         "score_normaliser": config.get("score_normaliser"),
-        "trained_normaliser": "sum_abs",
+        "trained_normaliser": None,  # torchscale's versions differ, and its files do not say which it was
         "tie_embeddings": boolean(
             config, "share_decoder_input_output_embed", boolean(config, "tie_word_embeddings", False)
         ),
@@ -100,6 +100,10 @@ def _read(config: Json) -> dict[str, Any]:
         # Those of activations and of whole paths have no counterpart here.
         "dropout": number(config, "dropout", 0.0),
     }
+
+
+def _read_syncdoth(config: Json) -> dict[str, Any]:
+    return {**_read(config), "trained_normaliser": "sum_abs"}
 
 
 def _infer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -188,7 +192,7 @@ SYNCDOTH = Layout(
     name="syncdoth",
     family="retnet",
     detect=_detect_syncdoth,
-    read_config=_read,
+    read_config=_read_syncdoth,
     write_files=_write_syncdoth,
     tensors=_TENSORS,
     variants=lambda config: _PLAIN if config.mlp == "plain" else {},
@@ -209,6 +213,7 @@ TORCHSCALE = replace(
     SYNCDOTH,
     name="torchscale",
     detect=_detect,
+    read_config=_read,
     write_files=_write_torchscale,
     stores_tied_head=True,
     load_in_torch=_LOAD_TORCHSCALE,

@@ -136,7 +136,9 @@ def _many(
 
     needed = jnp.max(place_BL - jnp.arange(q.shape[1]))
     which = jnp.sum(needed > jnp.asarray(counts[:-1]))
-    return jax.lax.switch(which, [functools.partial(attend, count) for count in counts], q, k, v, *pasts)
+    # A switch keeps what the backward pass of every branch needs; computed again, there is nothing to keep.
+    branches = [jax.checkpoint(functools.partial(attend, count)) for count in counts]
+    return jax.lax.switch(which, branches, q, k, v, *pasts)
 
 
 def _caches_after(

@@ -67,6 +67,8 @@ def retention(
         ImplementationError: ``implementation`` is named and cannot run here.
         ValueError: a score normaliser together with a state or without the scale, or an unknown one.
     """
+    if score_normaliser is not None:
+        _check_whole(score_normaliser, score_scale, state)
     wide = jnp.promote_types(v_BLHP.dtype, jnp.float32)
     batch, length, heads, values = v_BLHP.shape
     keys = q_BLHN.shape[-1]
@@ -74,14 +76,14 @@ def retention(
         memory = Memory(jnp.zeros((batch, heads, keys, values), wide), jnp.zeros((batch,), jnp.int32))
     else:
         memory = Memory(state.kv_BHNP.astype(wide), state.tokens_B)
+    if length == 0:
+        return jnp.zeros_like(v_BLHP), memory
     if reset is not None:
         if lengths is not None:
             reset = reset & (jnp.arange(length) < lengths[:, None])
         memory = Memory(*(clear(x, reset[:, 0]) for x in memory))
     inputs = Inputs(q_BLHN, k_BLHN, v_BLHP, jnp.asarray(log_decay_H, wide), memory, reset, lengths)
     chunk_size = min(chunk_size or default_chunk_size(keys, values), length)
-    if score_normaliser is not None:
-        _check_whole(score_normaliser, score_scale, state)
     if implementation == "reference":
         y, memory = reference(inputs, chunk_size=chunk_size, score_scale=score_scale)
     else:

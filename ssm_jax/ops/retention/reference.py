@@ -22,7 +22,9 @@ def reference(inputs: Inputs, *, chunk_size: int, score_scale: bool) -> tuple[Ar
         kv = jnp.where(reset_B[:, None, None, None], 0.0, memory.kv_BHNP)
         tokens_B = jnp.where(reset_B, 0, memory.tokens_B)
         kv = gamma_H[:, None, None] * kv + k_BHN[..., :, None] * v_BHP[..., None, :]
-        sum_BH = jnp.expm1((tokens_B[:, None] + 1) * inputs.log_decay_H) / jnp.expm1(inputs.log_decay_H)
+        count_B1 = (tokens_B[:, None] + 1).astype(dtype)
+        geometric_BH = jnp.expm1(count_B1 * inputs.log_decay_H) / jnp.expm1(inputs.log_decay_H)
+        sum_BH = jnp.where(inputs.log_decay_H == 0, count_B1, geometric_BH)
         y_BHP = jnp.sum(q_BHN[..., :, None] * kv, axis=2)
         if score_scale:
             y_BHP = y_BHP / jnp.sqrt(sum_BH)[..., None]
