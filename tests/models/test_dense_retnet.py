@@ -9,7 +9,7 @@ import pytest
 
 import ssm_jax
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import DenseRetNetConfig
+from ssm_jax.models import DenseRetNetConfig, flops_per_token
 from tests.conformance.compare import assert_close
 from tests.conformance.model import ModelConformance
 
@@ -43,7 +43,7 @@ def test_operations_are_those_of_the_matrices_and_of_the_memory(fields: dict[str
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     kernels = [leaf.size for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
     memories = 4 * 2 * 8 * 32 // 2
-    assert ssm_jax.flops_per_token(model.config, 77) == 2 * (sum(kernels) + memories)
+    assert flops_per_token(model.config, 77) == 2 * (sum(kernels) + memories)
 
 
 def logits_of(model: Any, params: Any, tokens: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 import ssm_jax
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import RetNetConfig
+from ssm_jax.models import RetNetConfig, flops_per_token
 from ssm_jax.nn.mixers.retention import log_decays
 from tests.conformance.model import ModelConformance
 
@@ -53,7 +53,7 @@ def test_published_sizes(size: str) -> None:
     assert (config.n_heads, config.embedding_scale, config.embedding_norm) == (heads, True, True)
     # Every matrix once per token, and per head an update and a read-out of keys x values.
     memories = layers * 2 * D * V // heads
-    assert ssm_jax.flops_per_token(config, 77) == 2 * (parameters - 2 * D * (layers + 1) - D * 50257 + memories)
+    assert flops_per_token(config, 77) == 2 * (parameters - 2 * D * (layers + 1) - D * 50257 + memories)
 
 
 def test_decays_of_both_rules() -> None:
