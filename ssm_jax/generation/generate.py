@@ -68,6 +68,7 @@ def generate(
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
             a prompt that with ``max_new_tokens`` exceeds the model's context, where that is limited; logits that are not numbers.
     """
+    check_decodes(model)
     rows = check_prompts(prompts, model.config.vocab_size)
     check_window(model, window)
     check_room(
@@ -94,6 +95,16 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
             "in this dtype. Check the parameters for NaN, or use dtype='float32'."
         )
     return tokens_BT
+
+
+def check_decodes(model: LanguageModel) -> None:
+    """Raises GenerationError for a model that needs a whole sequence at once."""
+    normaliser = getattr(model.config, "score_normaliser", None)
+    if normaliser is not None:
+        raise GenerationError(
+            f"score_normaliser is {normaliser!r}: such a model divides by sums over whole sequences and cannot go on from where it "
+            "stands. Build or load it with score_normaliser=None, the exact form; the weights are the same."
+        )
 
 
 def check_window(model: LanguageModel, window: int | None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key
 
 from ssm_jax.generation.decoder import Decoder, make_decoder
-from ssm_jax.generation.generate import begin, capacity_for, check_room, decode, require_tokens
+from ssm_jax.generation.generate import begin, capacity_for, check_decodes, check_room, decode, require_tokens
 from ssm_jax.generation.prompt import check_prompts
 from ssm_jax.generation.settings import PREFILL_CHUNK, check_settings
 from ssm_jax.models import LanguageModel
@@ -34,6 +34,7 @@ def stream(
     Raises:
         GenerationError: as ``generate``, before the first block but for logits that are not numbers.
     """
+    check_decodes(model)
     rows = check_prompts([prompt], model.config.vocab_size)
     check_room(model, rows, max_new_tokens)
     settings = check_settings(model, max_new_tokens, temperature, top_k, top_p, eos_id, key, prefill_chunk)

@@ -60,7 +60,8 @@ class DenseRetNetConfig:
             raise ValueError(f"dense_layers is {self.dense_layers}; it must be 0 or more")
         if self.gate and self.dense_layers and max(self.key_gate_ratio, self.value_gate_ratio) > self.d_model:
             raise ValueError(
-                f"gate ratios {self.key_gate_ratio} and {self.value_gate_ratio} leave no feature of d_model = {self.d_model}"
+                f"gate ratios {self.key_gate_ratio} and {self.value_gate_ratio} leave no feature of d_model = {self.d_model}; "
+                "choose a smaller key_gate_ratio and value_gate_ratio"
             )
 
     @property

@@ -63,14 +63,26 @@ def check_length(tokens: Array, positions: Array | None, state: LMState | None, 
         )
 
 
-def check_start(positions: Array | None, state: LMState | None) -> None:
-    """That every row begins a document or goes on where its state stands, where values can be read.
+def check_start(tokens: Array, positions: Array | None, state: LMState | None) -> None:
+    """That there is a row for every lane of the state; where values can be read, that every row begins a document or goes on where
+    its state stands, and that positions go up one by one.
 
     Raises:
-        ValueError: a row whose first position is neither 0 nor the state's next one.
+        ValueError: another number of rows, a first position that is neither 0 nor the state's next one, a gap.
     """
+    if state is not None and jnp.shape(state.position)[0] != tokens.shape[0]:
+        raise ValueError(
+            f"tokens have {tokens.shape[0]} rows and the state has {jnp.shape(state.position)[0]} lanes; take_lanes picks some."
+        )
     if positions is None or not positions.shape[1] or not _readable(positions):
         return
+    here = np.asarray(positions)
+    gaps = np.argwhere((here[:, 1:] != here[:, :-1] + 1) & (here[:, 1:] > 0))
+    if len(gaps):
+        row, column = gaps[0]
+        raise ValueError(
+            f"positions: row {row} goes from {here[row, column]} to {here[row, column + 1]}; within a document they go up by one."
+        )
     if state is not None and not _readable(state.position):
         return
     first = np.asarray(positions)[:, 0]

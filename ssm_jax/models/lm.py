@@ -78,10 +78,10 @@ class LanguageModel(nn.Module):
             deterministic: False turns dropout on, where a family has any (needs ``rngs={"dropout": key}``).
 
         Raises:
-            ValueError: wrong shapes or types; outside ``jit``, where values can be read, also a token outside the table, a
-                document longer than the model's context or the state's capacity, a row that begins neither at 0 nor where its
-                state stands, and a -1 that is not at the end of its row. Inside ``jit`` the former two give NaN, the others are
-                undefined.
+            ValueError: wrong shapes or types, a state of another number of lanes; outside ``jit``, where values can be read, also
+                a token outside the table, a document longer than the model's context or the state's capacity, a row that begins
+                neither at 0 nor where its state stands, a gap in positions, and a -1 that is not at the end of its row. Inside
+                ``jit`` the former two give NaN, the others are undefined.
         """
         features_BLD, state = self.features(tokens, state, positions, deterministic)
         if logits == "none":
@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
         """Final hidden states [B, L, D], after the last norm, and the state. ``method="features"``."""
         family = registry.family_of(self.config)
         check_inputs(tokens, positions, self.config.padded_vocab_size)
-        check_start(positions, state)
+        check_start(tokens, positions, state)
         check_length(tokens, positions, state, family.context_limit(self.config))
         h_BLD, position_B = self._embedded(tokens, state, positions)
         h_BLD, layer_states = scan_layers(

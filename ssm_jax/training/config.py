@@ -214,7 +214,7 @@ class LogConfig:
 class RunConfig:
     """Everything about a run. Model, teacher, data, optim, batch, seed and length are its identity; the rest may change on resume.
 
-    model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these), and any field of the family's config. The
+    model: ``family`` or ``preset`` or ``base`` (a YAML file with one of these, or null), and any field of the family's config. The
     default ``vocab_size`` is the tokenizer's. init_from: start from the weights of a folder that ``from_pretrained`` reads; then
     ``model`` holds only what should differ from that folder's model.
     """
@@ -243,10 +243,18 @@ def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
     """
     content = apply_overrides(read_yaml(path) if path is not None else {}, overrides)
     model = content.get("model")
-    if isinstance(model, dict) and "base" in model:
+    if isinstance(model, dict) and model.get("base") is None:
+        content["model"] = {key: value for key, value in model.items() if key != "base"}
+    elif isinstance(model, dict):
         base = model["base"]
         if not isinstance(base, str):
             raise ConfigError(f"Config key 'model.base' is {base!r}; it must be the path of a YAML file.")
+        for key in ("preset", "family"):
+            if key in model:
+                raise ConfigError(
+                    f"Config keys 'model.{key}' ({model[key]!r}) and 'model.base' ({base!r}) are both set; drop one, or set "
+                    "model.base=null."
+                )
         rest = {key: value for key, value in model.items() if key != "base"}
         content["model"] = {**read_yaml(base), **rest}
     return from_dict(RunConfig, content)

@@ -67,12 +67,23 @@ def prepare(config: RunConfig) -> Run:
         config = dataclasses.replace(config, model={**initial, **config.model})
     config = resolve(config, data, mesh)
     model = build(config_from_dict(config.model))
+    _require_carried_states(model)
     if config.init_from is not None and begun is None:
         _require_same_shapes(model, config.init_from)
     teacher = None if config.distill is None else open_teacher(config.distill, model, data)
     tokenizer = load_tokenizer(data.path)
     _require_room_for_samples(config.sample, model, tokenizer)
     return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher)
+
+
+def _require_carried_states(model: LanguageModel) -> None:
+    """Samples and evaluations go on from states."""
+    normaliser = getattr(model.config, "score_normaliser", None)
+    if normaliser is not None:
+        raise ConfigError(
+            f"Config key 'model.score_normaliser' is {normaliser!r}: such a model needs every sequence whole, and samples and "
+            "evaluations of a run go on from states. Set it to null, the exact form; the weights are the same."
+        )
 
 
 def _require_room_for_samples(config: SampleConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:

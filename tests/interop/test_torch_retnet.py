@@ -187,3 +187,14 @@ def test_a_folder_need_not_repeat_angles_and_decays(tmp_path: Path) -> None:
     assert len(buffers) == 2
     for name, value in buffers.items():
         np.testing.assert_array_equal(loaded.state_dict()[name].numpy(), value)
+
+
+def test_a_folder_of_flash_linear_attention_is_named() -> None:
+    """It has the same model type, and other config keys."""
+    from ssm_jax.interop.torch.configs import RetNetConfig
+    from ssm_jax.interop.torch.retnet import RetNetForCausalLM
+
+    with pytest.raises(
+        ValueError, match=r"layout of flash-linear-attention\. Import fla before it is loaded, or convert it"
+    ):
+        RetNetForCausalLM(RetNetConfig(expand_k=1.0, hidden_size=64))

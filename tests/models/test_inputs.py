@@ -28,6 +28,8 @@ def variables(model: LanguageModel) -> Any:
         ([[0, -1]], [[0, -1]], "Token -1 is outside"),
         ([[0, 1, 2]], [[0, -1, 1]], r"row 0 has a present token after an absent one .* every pad position 0"),
         ([[0, 1], [2, 3]], [[0, 1], [-1, 0]], "row 1 has a present token"),
+        ([[0, 1], [2, 3]], [[0, 1], [5, 6]], "row 1 begins at 5, and there is no state before it; begin with 0"),
+        ([[0, 1, 2]], [[0, 1, 3]], "row 0 goes from 1 to 3; within a document they go up by one"),
     ],
 )
 def test_unreadable_values_are_refused(
@@ -61,6 +63,17 @@ def test_a_token_outside_the_vocabulary_is_not_a_number_inside_jit(
     logits, _ = jax.jit(model.apply)(variables, jnp.asarray([[3, token, 4]]))
     assert bool(jnp.isfinite(logits[:, 0]).all())
     assert bool(jnp.isnan(logits[:, 1:]).all())
+
+
+def test_rows_go_on_where_their_state_stands(model: LanguageModel, variables: Any) -> None:
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    _, state = model.apply(variables, tokens)
+    model.apply(variables, tokens, state, jnp.asarray([[3, 4, 5], [0, 0, 1]]))
+    with pytest.raises(ValueError, match="row 0 begins at 4, and its state stands at 3; begin with 0 .* or go on"):
+        model.apply(variables, tokens, state, jnp.asarray([[4, 5, 6], [0, 1, 2]]))
+    for apply in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(ValueError, match="tokens have 1 rows and the state has 2 lanes; take_lanes picks some"):
+            apply(variables, tokens[:1], state)
 
 
 @pytest.mark.parametrize("lanes", [[2], [0, -3]])

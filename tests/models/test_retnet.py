@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ssm_jax
-from ssm_jax.errors import ConfigError
+from ssm_jax.errors import ConfigError, GenerationError
 from ssm_jax.models import RetNetConfig, flops_per_token
 from ssm_jax.nn.mixers.retention import log_decays
 from tests.conformance.model import ModelConformance
@@ -112,5 +112,7 @@ def test_whole_sequence_forms_take_no_state() -> None:
     _, state = model.apply(variables, tokens)
     with pytest.raises(ValueError, match="use score_normaliser=None"):
         model.apply(variables, tokens, state=state)
+    with pytest.raises(GenerationError, match="score_normaliser=None, the exact form; the weights are the same"):
+        ssm_jax.generate(model, variables["params"], [[1, 2]], 3)
     exact = ssm_jax.build("retnet", **TINY)
     assert exact.apply(variables, tokens, state=state)[0].shape == (1, 4, 64)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -94,6 +95,41 @@ def test_without_the_scale_the_scores_are_left_as_they_are(chunk_size: int) -> N
 
     ours, oracle = (jax.grad(total)(inputs, name) for name in ("xla", "reference"))
     jax.tree.map(lambda x, y: assert_close(x, y, 1e-4 * float(np.abs(y).max())), ours, oracle)
+
+
+def test_no_token_leaves_the_memory_as_it_is() -> None:
+    inputs = {name: jnp.asarray(x[:, :0], jnp.float32) for name, x in arrays(2, 3).items()}
+    memory = Memory(jnp.ones((2, 3, 4, 5)), jnp.asarray([3, 7], jnp.int32))
+    y, after = retention(**inputs, log_decay_H=LOG_DECAY, state=memory)
+    assert y.shape == (2, 0, 3, 5)
+    jax.tree.map(np.testing.assert_array_equal, after, memory)
+
+
+def test_the_oracle_counts_where_nothing_decays() -> None:
+    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arrays(1, 9).items()}
+    one, other = (retention(**inputs, log_decay_H=np.zeros(3), implementation=name)[0] for name in ("reference", "xla"))
+    assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_BLHN": jnp.zeros((1, 3, 3, 4))}, r"\(1, 4, 3, 4\), \(1, 3, 3, 4\) and"),
+        ({"log_decay_H": np.zeros(2)}, r"log_decay_H has the shape \(2,\); there must be one for each of 3 heads"),
+        ({"log_decay_H": np.array([-0.1, 0.1, -0.2])}, "logarithms of decays are at most 0"),
+        ({"chunk_size": 0}, "chunk_size is 0; it must be at least 1, or None"),
+        (
+            {"state": Memory(jnp.zeros((2, 3, 4, 5)), jnp.zeros(2, jnp.int32))},
+            r"of the shape \(1, 3, 4, 5\), of as many",
+        ),
+    ],
+    ids=["lengths", "heads", "sign", "chunk", "lanes"],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user has no checks of shapes at run time
+    inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in arrays(1, 4).items()}
+    with pytest.raises(ValueError, match=message):
+        retention(**{**inputs, "log_decay_H": LOG_DECAY, **change})
 
 
 def test_normalisers_are_of_scaled_scores() -> None:

@@ -123,6 +123,11 @@ class RetNetModel(nn.Module):
             config.decoder_retention_heads,
             config.layernorm_eps,
         )
+        if hasattr(config, "expand_k"):
+            raise ValueError(
+                "This folder is in the layout of flash-linear-attention. Import fla before it is loaded, or convert it: "
+                "python -m train.convert FOLDER OTHER --layout ssm_jax."
+            )
         if D % (2 * H) or V % H:
             raise ValueError(f"{H} heads cannot share {D} keys (an even number each) and {V} values.")
         self.config = config

@@ -65,8 +65,12 @@ def retention(
 
     Raises:
         ImplementationError: ``implementation`` is named and cannot run here.
-        ValueError: a score normaliser together with a state or without the scale, or an unknown one.
+        ValueError: shapes that do not fit together; a chunk without a token; a score normaliser together with a state or without
+            the scale, or an unknown one.
     """
+    _check_shapes(q_BLHN, k_BLHN, v_BLHP, log_decay_H, state)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for the best one")
     if score_normaliser is not None:
         _check_whole(score_normaliser, score_scale, state)
     wide = jnp.promote_types(v_BLHP.dtype, jnp.float32)
@@ -89,6 +93,27 @@ def retention(
     else:
         y, memory = _differentiable(chunk_size, score_scale, implementation, inputs)
     return (y if score_normaliser is None else whole(inputs, score_normaliser)), memory
+
+
+def _check_shapes(q: Array, k: Array, v: Array, log_decay: Array | np.ndarray, state: Memory | None) -> None:
+    if jnp.ndim(q) != 4 or jnp.shape(k) != jnp.shape(q) or jnp.shape(v)[:3] != jnp.shape(q)[:3] or jnp.ndim(v) != 4:
+        raise ValueError(
+            f"q, k and v have the shapes {jnp.shape(q)}, {jnp.shape(k)} and {jnp.shape(v)}; they must be [batch, length, heads, N] "
+            "twice and [batch, length, heads, P]"
+        )
+    batch, _, heads, keys = jnp.shape(q)
+    if jnp.shape(log_decay) != (heads,):
+        raise ValueError(
+            f"log_decay_H has the shape {jnp.shape(log_decay)}; there must be one for each of {heads} heads"
+        )
+    if not isinstance(log_decay, jax.core.Tracer) and np.any(np.asarray(log_decay) > 0):
+        raise ValueError(f"log_decay_H is {np.asarray(log_decay).tolist()}; logarithms of decays are at most 0")
+    wanted = (batch, heads, keys, jnp.shape(v)[-1])
+    if state is not None and (not isinstance(state, Memory) or jnp.shape(state.kv_BHNP) != wanted):
+        got = jnp.shape(state.kv_BHNP) if isinstance(state, Memory) else type(state).__name__
+        raise ValueError(
+            f"state is {got}; it must be a Memory with kv_BHNP of the shape {wanted}, of as many lanes as q"
+        )
 
 
 def _check_whole(score_normaliser: str, score_scale: bool, state: Memory | None) -> None:
