@@ -1,17 +1,18 @@
 """What dense connections cost: training steps and decoding with and without, at equal width and depth, in one process.
 
-    python -m benchmarks.dense_cpu [--rounds N]
+    python -m benchmarks.dense_cpu [--rounds N] [--only PART ...]
 
 Contestants of a group take turns: a training step (loss, gradients, AdamW), and 128 greedy tokens after a prompt of 16, at batch 1
 and 8. Beside the measured ratios stands the counted one, of operations per token; for DenseMamba also what m more scans in every
 layer add, from a scan and its gradient timed alone. DenseRetNet has the published width and four layers: what fusion adds is
 elementwise, and weighs more the narrower a model is. Then generation at batch 6 after 2,048 to 10,240 tokens, beside a RetNet and a
 Llama of equal size (the paper's figure of speed, drawn at a size that a CPU can hold).
-Writes benchmarks/results/dense_cpu.json.
+Writes benchmarks/results/dense_cpu.json; with ``--only`` the other parts keep what stands there.
 """
 
 import argparse
 import functools
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 
 import ssm_jax
-from benchmarks.timing import conditions, save, take_turns
+from benchmarks.timing import RESULTS, conditions, save, take_turns
 from ssm_jax.generation.decoder import make_decoder
 from ssm_jax.generation.generate import begin, capacity_for, decode
 from ssm_jax.generation.settings import PREFILL_CHUNK, check_settings
@@ -64,9 +65,15 @@ LONG: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds (default 5)")
-    rounds = parser.parse_args().rounds
-    result: dict[str, Any] = {"conditions": conditions(dtype="float32", groups=GROUPS, long=LONG, lanes=LANES)}
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "long"], default=[*GROUPS, "long"], metavar="PART")
+    args = parser.parse_args()
+    rounds, kept = args.rounds, RESULTS / "dense_cpu.json"
+    result: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    described = conditions(dtype="float32", groups=GROUPS, long=LONG, lanes=LANES, rounds=rounds)
+    result["conditions"] = result.get("conditions", {}) | dict.fromkeys(args.only, described)
     for group, size in GROUPS.items():
+        if group not in args.only:
+            continue
         models = {f"m={m}": _made(**size, vocab_size=1024, dense_layers=m) for m in DEPTHS}
         counted = {name: flops_per_token(model.config, LENGTH) for name, (model, _) in models.items()}
         batch = 1024 // size["d_model"] or 1
@@ -85,7 +92,8 @@ def main() -> None:
             result[group]["scan and gradient"] = scan
             result[group]["scans alone"] = {f"m={m}": 1 + m * size["n_layers"] * scan["median"] / step for m in DEPTHS}
         print(group, result[group])
-    result["long"] = _long(rounds)
+    if "long" in args.only:
+        result["long"] = _long(rounds)
     print(f"written to {save('dense_cpu', result)}")
 
 

@@ -81,8 +81,8 @@ def test_export_then_import_is_bit_identical(tmp_path: Path, layout: str, config
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("syncdoth", RetNetConfig(**RETNET, rotary="halves"), "rotary 'halves', norm_scale and score_scale=False are not torchscale's"),
-    ("torchscale", RetNetConfig(**RETNET, norm_scale=True), "rotary 'halves', norm_scale and score_scale=False are not torchscale's"),
+    ("syncdoth", RetNetConfig(**RETNET, rotary="halves"), "norm_scale and score_scale=False are not torchscale's"),
+    ("torchscale", RetNetConfig(**RETNET, norm_scale=True), "norm_scale and score_scale=False are not torchscale's"),
     ("syncdoth", RetNetConfig(**RETNET, activation="gelu_tanh"), "activation is 'gelu_tanh', and torchscale has swish"),
     ("torchscale", PLAIN, "torchscale has no plain feed-forward network; use the layout 'syncdoth'"),
     ("torchscale", RetNetConfig(**RETNET, decay="log_spaced"), "decay is 'log_spaced', and torchscale has only 'powers'"),
