@@ -1,6 +1,9 @@
 """RetNet on a CPU beside torchscale 0.3.0 (its authors' package), on the same weights, in one process.
 
-    pip install -e '.[bench,torch]' && python -m benchmarks.retnet_cpu [--rounds N]
+    pip install -e '.[bench,torch]' && pip install --no-deps torchscale==0.3.0 fairscale==0.4.13
+    python -m benchmarks.retnet_cpu [--rounds N]
+
+(timm, which torchscale takes one function from for a feature that is off, would need torchvision; a stand-in takes its place.)
 
 Generation: 256 greedy tokens after a prompt of 2,048, batch 6, prompt included on both sides. torchscale has no prefill: its
 recurrent form takes one token a call, so that the prompt is 2,048 calls (DenseSSM's ``generate`` does the same).
@@ -11,7 +14,9 @@ Before anything is timed both sides read a text token by token and must agree. W
 import argparse
 import functools
 import json
+import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from torchscale.architecture.config import RetNetConfig
-from torchscale.architecture.retnet import RetNetDecoder
 
 import ssm_jax
 from benchmarks.timing import conditions, save, take_turns
 from ssm_jax.ops import linear_cross_entropy
+
+sys.modules["timm.models.layers"] = types.SimpleNamespace(drop_path=None)  # type: ignore[assignment]
+sys.modules["timm.models"] = sys.modules["timm"] = types.ModuleType("timm")
+
+from torchscale.architecture.config import RetNetConfig  # noqa: E402
+from torchscale.architecture.retnet import RetNetDecoder  # noqa: E402
 
 SIZE: dict[str, Any] = {
     "vocab_size": 1024,
