@@ -117,7 +117,6 @@ def in_pieces(
     return jnp.concatenate(outputs, axis=1), state
 
 
-@pytest.mark.parametrize(("block", "capacity"), [(64, 37), (8, 100)])
 def lanes_with_room(monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Any, Any, jax.Array, np.ndarray]:
     """A mixer that reads at least ``few`` rows of a state, its variables, inputs, and how much each of four lanes has read."""
     monkeypatch.setattr(attention_module, "_FEW", few)
@@ -156,6 +155,7 @@ def test_gradients_through_a_state_keep_no_scores(monkeypatch: pytest.MonkeyPatc
     assert memory(2) < 1.1 * memory(64)
 
 
+@pytest.mark.parametrize(("block", "capacity"), [(64, 37), (8, 100)])
 @pytest.mark.parametrize("pieces", [(5, 1, 1, 23, 7), (1,) * 37], ids=str)
 def test_a_state_with_room_for_what_is_read_gives_the_same(block: int, capacity: int, pieces: tuple[int, ...]) -> None:
     variables, x = drawn()
