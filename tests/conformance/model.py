@@ -18,7 +18,7 @@ import ssm_jax
 from ssm_jax import sharding
 from ssm_jax.models import LanguageModel
 from ssm_jax.nn.state import LMState, logical_axes
-from tests.conformance.compare import assert_close, assert_gradients_close, assert_trees_close
+from tests.conformance.compare import assert_close, assert_gradients_close, assert_states_close, assert_trees_close
 
 LENGTH = 37
 SPLITS = {
@@ -95,7 +95,7 @@ class ModelConformance:
         whole, whole_state = _apply(model, variables, tokens)
         logits, state = _in_pieces(model, variables, tokens, pieces, model.init_state(2))
         assert_close(logits, whole, self.tolerance)
-        assert_trees_close(state, whole_state, self.tolerance)
+        assert_states_close(state, whole_state, self.tolerance)
         np.testing.assert_array_equal(state.position, LENGTH)
 
     def test_a_state_with_room_for_what_is_read_gives_the_same(self, model: LanguageModel) -> None:
@@ -112,7 +112,7 @@ class ModelConformance:
         for start, stop in spans:
             alone, alone_state = _apply(model, variables, tokens[:, start:stop])
             assert_close(packed[:, start:stop], alone, self.tolerance)
-        assert_trees_close(packed_state, alone_state, self.tolerance)
+        assert_states_close(packed_state, alone_state, self.tolerance)
 
     def test_packed_documents_have_the_gradients_of_separate_ones(self, model: LanguageModel) -> None:
         variables, (tokens, positions, spans) = _variables(model), _packed(model.config)
@@ -152,7 +152,7 @@ class ModelConformance:
         logits, state = _apply(model, variables, jnp.concatenate([padding, tokens], axis=1), None, positions)
         alone, alone_state = _apply(model, variables, tokens)
         assert_close(logits[:, 5:], alone, self.tolerance)
-        assert_trees_close(state, alone_state, self.tolerance)
+        assert_states_close(state, alone_state, self.tolerance)
 
     def test_absent_tokens_leave_the_state_untouched(self, model: LanguageModel) -> None:
         variables, tokens, lengths = _variables(model), _tokens(model.config, 4, 9), (9, 4, 1, 0)
@@ -169,7 +169,7 @@ class ModelConformance:
                 continue
             alone, expected = _apply(model, variables, tokens[lane : lane + 1, :length], before)
             assert_close(logits[lane : lane + 1, :length], alone, self.tolerance)
-            assert_trees_close(got, expected, self.tolerance)
+            assert_states_close(got, expected, self.tolerance)
 
     def test_last_logits_are_those_of_the_last_present_token(self, model: LanguageModel) -> None:
         variables, tokens = _variables(model), _tokens(model.config, 2, 8)
@@ -290,7 +290,7 @@ class ModelConformance:
                 rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
                 (value, state), gradients = jax.jit(evaluate)(placed, rows)
             assert_close(value, expected, 1e-5)
-            assert_trees_close(state, expected_state, self.tolerance)
+            assert_states_close(state, expected_state, self.tolerance)
             assert_gradients_close(gradients, expected_gradients, 1e-4, self.ineffective)
 
     def test_export_then_import_is_bit_identical(
