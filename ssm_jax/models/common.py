@@ -5,6 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ssm_jax.nn.norm import RMSNorm
+
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not below ``value``."""
@@ -48,7 +50,7 @@ def kinds(config: Any) -> dict[str, Any]:
 
 def rms_norm(config: Any) -> nn.Module:
     """RMSNorm over the model's width."""
-    return nn.RMSNorm(config.norm_eps, **kinds(config))
+    return RMSNorm(config.norm_eps, **kinds(config))
 
 
 def layer_norm(config: Any) -> nn.Module:

@@ -16,7 +16,9 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from ssm_jax.nn import initializers
+from ssm_jax.nn.norm import RMSNorm
 from ssm_jax.ops.products import dot_general
+from ssm_jax.ops.silu import gated_silu, silu
 from ssm_jax.typing import Activations, Positions, PyTree
 
 
@@ -90,11 +92,15 @@ def leave(stream: PyTree) -> Activations:
 
 
 class Gate(nn.Module):
-    """silu(W_2 silu(W_1 x)), of any shape per token; W_1 projects to ``bottleneck`` features."""
+    """silu(W_2 silu(W_1 x)), of any shape per token; W_1 projects to ``bottleneck`` features.
+
+    With ``activated`` False the last silu is left to the caller.
+    """
 
     shape: tuple[int, ...]
     bottleneck: int
     kernel_init: Initializer = initializers.torch_linear
+    activated: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -107,8 +113,9 @@ class Gate(nn.Module):
             "kernel_init": self.kernel_init,
             "dot_general": dot_general,
         }
-        hidden = nn.silu(nn.Dense(self.bottleneck, name="down", **kinds)(x_BLD))
-        return nn.silu(nn.DenseGeneral(self.shape, name="up", **kinds)(hidden))
+        hidden = silu(nn.Dense(self.bottleneck, name="down", **kinds)(x_BLD))
+        up = nn.DenseGeneral(self.shape, name="up", **kinds)(hidden)
+        return silu(up) if self.activated else up
 
 
 class Fusion(nn.Module):
@@ -152,9 +159,9 @@ class Fusion(nn.Module):
             )
         added = sum(sources[1:], sources[0])
         if self.bottleneck is not None:
-            added = Gate(shape, self.bottleneck, self.kernel_init, name="gate", **kinds)(u_BLD) * added
+            gate = Gate(shape, self.bottleneck, self.kernel_init, activated=False, name="gate", **kinds)
+            added = gated_silu(added, gate(u_BLD))
         fused = x_BLHP + added
         if self.epsilon is not None:
-            axes = (-2, -1)
-            fused = nn.RMSNorm(self.epsilon, reduction_axes=axes, feature_axes=axes, name="norm", **kinds)(fused)
+            fused = RMSNorm(self.epsilon, axes=2, name="norm", **kinds)(fused)
         return jnp.where(first, x_BLHP, fused)

@@ -11,13 +11,14 @@ from flax.typing import Dtype, Initializer
 
 from ssm_jax.nn import initializers
 from ssm_jax.ops.products import dot_general
+from ssm_jax.ops.silu import gated_silu, silu
 from ssm_jax.typing import Activations
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "silu": silu,
 }
 """By name. "gelu" is x Phi(x), with the error function; "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
 
@@ -56,7 +57,7 @@ class MLP(nn.Module):
         if self.gated:
             init = self.gate_init or self.kernel_init
             gate = nn.Dense(self.width, kernel_init=init, name="gate_proj", **kinds)(x_BLD)
-            hidden = activation(gate) * hidden
+            hidden = gated_silu(hidden, gate) if self.activation == "silu" else activation(gate) * hidden
         else:
             hidden = activation(hidden)
         if self.norm is not None:

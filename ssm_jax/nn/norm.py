@@ -8,6 +8,27 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from ssm_jax.ops.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last ``axes`` axes, whose shape the scale has. See ``ops.rms_norm``."""
+
+    epsilon: float = 1e-6
+    use_scale: bool = True
+    axes: int = 1
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        shape = x.shape[x.ndim - self.axes :]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype) if self.use_scale else None
+        flat = x.reshape(*x.shape[: x.ndim - self.axes], -1)
+        out = rms_norm(flat, None if scale is None else scale.reshape(-1), self.epsilon, self.dtype)
+        return out.reshape(x.shape)
+
+
 _Residuals = tuple[Array, Array, Array]
 _sum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

@@ -10,6 +10,7 @@ from jax import lax
 
 from ssm_jax.ops.products import dot_general
 from tests.conformance.compare import assert_close
+from tests.conformance.residuals import kept
 
 NUMBERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
     "one axis in, one out": ((2, 3, 4), (4, 5), (((2,), (0,)), ((), ()))),
@@ -47,3 +48,9 @@ def test_types_and_precision_are_passed_on(case: str) -> None:
 
     assert product(*operands).dtype == jnp.float32
     assert "HIGHEST" in str(jax.make_jaxpr(product)(*operands))
+
+
+def test_kept_are_the_operands_as_they_came() -> None:
+    left, right, numbers = NUMBERS["two axes in, one out"]
+    x, w = jnp.ones(left), jnp.ones(right)
+    assert kept(lambda x, w: dot_general(x, w, numbers), x, w) == [(2, 3, 4, 5), (4, 5, 6)]

@@ -14,6 +14,7 @@ from ssm_jax.nn.dense import Gate, Shallow
 from ssm_jax.nn.halves import halves
 from ssm_jax.nn.state import MambaState
 from ssm_jax.ops import selective_scan
+from ssm_jax.ops.silu import gated_silu
 from ssm_jax.typing import Activations, Lengths, Positions, Reset
 
 GateKind = Literal["channel", "state"]
@@ -149,7 +150,7 @@ class Mamba(nn.Module):
         )
         if others:
             y_BLE = y_BLE + self._read_others(others, C_BLN, x_BLD, reset, lengths)
-            y_BLE = y_BLE * nn.silu(z_BLE)
+            y_BLE = gated_silu(y_BLE, z_BLE)
         out_init = initializers.scaled_torch_linear(self.out_init_scale)
         out = nn.Dense(x_BLD.shape[-1], use_bias=self.bias, kernel_init=out_init, name="out_proj", **kinds)(y_BLE)
         return out, MambaState(conv=window, ssm=ssm), ssm if x_BLD.shape[1] == 1 else own
@@ -162,14 +163,13 @@ class Mamba(nn.Module):
         reset: Reset | None,
         lengths: Lengths | None,
     ) -> Float[Array, "B L E"]:
-        """gate * sum_i C proj_i(h^i)."""
+        """sum_i C proj_i(h^i) * gate, the gate within each scan: that stores neither what it multiplies nor its silu."""
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        gate: Array | float = 1.0
-        if self.gate is not None:
-            shape = (self.d_inner if self.gate == "channel" else self.d_state,)
-            gate = Gate(shape, self.gate_bottleneck, name="gate", **kinds)(u_BLD)
-        if self.gate == "state":
-            C_BLN, gate = C_BLN * gate, 1.0
+        gate_BLE: Array | None = None
+        if self.gate == "channel":
+            gate_BLE = Gate((self.d_inner,), self.gate_bottleneck, activated=False, name="gate", **kinds)(u_BLD)
+        elif self.gate == "state":
+            C_BLN = C_BLN * Gate((self.d_state,), self.gate_bottleneck, name="gate", **kinds)(u_BLD)
         total = jnp.zeros((), self.dtype)
         for i, source in enumerate(sources):
             if self.source_matrices:
@@ -179,21 +179,23 @@ class Mamba(nn.Module):
                 )(C_BLN)
             else:
                 C_i = C_BLN
-            total = total + _read(source, C_i, reset, lengths, self.chunk_size)
-        return gate * total
+            total = total + _read(source, C_i, gate_BLE, reset, lengths, self.chunk_size)
+        return total
 
 
 def _read(
     source: Recurrence | Array,
     C_BLN: Float[Array, "B L N"],
+    gate_BLE: Float[Array, "B L E"] | None,
     reset: Reset | None,
     lengths: Lengths | None,
     chunk_size: int | None,
 ) -> Float[Array, "B L E"]:
-    """C_t h_t of another layer's recurrence, which runs again; of its state after a single token."""
+    """C_t h_t * silu(gate) of another layer's recurrence, which runs again; of its state after a single token."""
     if not isinstance(source, Recurrence):
-        return jnp.einsum("bln,bne->ble", C_BLN.astype(source.dtype), source).astype(C_BLN.dtype)
+        y = jnp.einsum("bln,bne->ble", C_BLN.astype(source.dtype), source).astype(C_BLN.dtype)
+        return y if gate_BLE is None else gated_silu(y, gate_BLE)
     x, dt, A, B, dt_bias, start = source
     return selective_scan(
-        x, dt, A, B, C_BLN, None, None, dt_bias, start, reset, lengths=lengths, chunk_size=chunk_size
+        x, dt, A, B, C_BLN, None, gate_BLE, dt_bias, start, reset, lengths=lengths, chunk_size=chunk_size
     )[0]

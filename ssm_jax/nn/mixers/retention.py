@@ -11,11 +11,13 @@ from jaxtyping import Array, Float
 from ssm_jax.nn import initializers
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.dense import Fusion, Shallow
+from ssm_jax.nn.norm import RMSNorm
 from ssm_jax.nn.rotary import Frequencies, geometric, geometric_to_end, rotate
 from ssm_jax.nn.state import RetentionState
 from ssm_jax.ops import retention
 from ssm_jax.ops.products import dot_general
 from ssm_jax.ops.retention import Memory
+from ssm_jax.ops.silu import gated_silu, silu
 from ssm_jax.typing import Activations, Positions
 
 DecayRule = Literal["powers", "log_spaced"]
@@ -109,13 +111,13 @@ class Retention(nn.Module):
             )(x_BLD)
 
         def activate(x: Array) -> Array:
-            return nn.silu(x) if self.activated else x
+            return silu(x) if self.activated else x
 
         value_init = self.value_init or self.projection_init
         q = activate(project(self.key_dim, "q_proj", self.projection_init))
         k = activate(project(self.key_dim, "k_proj", self.projection_init)) * self.key_dim**-0.5
         v = activate(project(self.value_dim, "v_proj", value_init))
-        gate = nn.silu(project(self.value_dim, "g_proj", self.projection_init))
+        gate = project(self.value_dim, "g_proj", self.projection_init)
         features = (k, v)
         if shallow is not None and shallow.sources:
             k, v = self._fuse(k, v, x_BLD, shallow)
@@ -136,8 +138,8 @@ class Retention(nn.Module):
             score_scale=self.score_scale,
             chunk_size=self.chunk_size,
         )
-        norm = nn.RMSNorm(self.epsilon, use_scale=self.norm_scale, name="head_norm", **kinds)
-        gated = norm(y_BLHP) * gate
+        norm = RMSNorm(self.epsilon, use_scale=self.norm_scale, name="head_norm", **kinds)
+        gated = gated_silu(norm(y_BLHP), gate)
         out_BLD = nn.DenseGeneral(
             d_model,
             axis=(-2, -1),
