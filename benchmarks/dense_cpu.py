@@ -5,16 +5,19 @@
 Contestants of a group take turns: a training step (loss, gradients, AdamW), and 128 greedy tokens after a prompt of 16, at batch 1
 and 8. Beside the measured ratios stands the counted one, of operations per token; for DenseMamba also what m more scans in every
 layer add, from a scan and its gradient timed alone. DenseRetNet has the published width and four layers: what fusion adds is
-elementwise, and weighs more the narrower a model is. Then generation at batch 6 after 2,048 to 10,240 tokens, beside a RetNet and a
-Llama of equal size (the paper's figure of speed, drawn at a size that a CPU can hold).
+elementwise, and weighs more the narrower a model is. A control of DenseMamba runs m more scans in every layer of Mamba, with inputs
+of their own (the layer's, shifted): the scans of m sources, and neither gate nor anything handed from layer to layer. Then generation
+at batch 6 after 2,048 to 10,240 tokens, beside a RetNet and a Llama of equal size (the paper's figure of speed, drawn at a size that
+a CPU can hold).
 Writes benchmarks/results/dense_cpu.json; with ``--only`` the other parts keep what stands there.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +31,7 @@ from ssm_jax.generation.decoder import make_decoder
 from ssm_jax.generation.generate import begin, capacity_for, decode
 from ssm_jax.generation.settings import PREFILL_CHUNK, check_settings
 from ssm_jax.models import count_parameters, flops_per_token
+from ssm_jax.nn.mixers import mamba
 from ssm_jax.ops import linear_cross_entropy, selective_scan
 
 LENGTH, PROMPT, NEW = 512, 16, 128
@@ -80,7 +84,7 @@ def main() -> None:
         result[group] = {
             "counted": {name: flops / counted["m=0"] for name, flops in counted.items()},
             "batch": [batch, LENGTH],
-            "train": _turns({name: _step(*made, batch) for name, made in models.items()}, rounds),
+            "train": _turns(_steps_of(size, models, batch), rounds),
             **{
                 f"decode, batch {n}": _turns({name: _decoding(*made, n) for name, made in models.items()}, rounds)
                 for n in (1, 8)
@@ -100,6 +104,34 @@ def main() -> None:
 def _made(name: str, **size: Any) -> tuple[Any, Any]:
     model = ssm_jax.build(name, **size)
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _steps_of(size: dict[str, Any], models: dict[str, Any], batch: int) -> dict[str, Callable[[], None]]:
+    steps = {name: _step(*made, batch) for name, made in models.items()}
+    if size["name"] == "dense_mamba":
+        for more in DEPTHS[1:]:
+            steps[f"m=0, {more} more scans"] = _step(*models["m=0"], batch)
+            with _more_scans(more):
+                steps[f"m=0, {more} more scans"]()  # compiled here
+    return steps
+
+
+@contextlib.contextmanager
+def _more_scans(count: int) -> Iterator[None]:
+    """Mamba layers traced within run ``count`` more scans each."""
+    scan = mamba.selective_scan
+
+    def several(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any, **how: Any) -> Any:
+        y, state = scan(x, dt, A, B, C, D, z, *rest, **how)
+        for i in range(1, count + 1):
+            y = y + scan(x + i, dt + i, A, B + i, C + i, None, z, *rest, **how)[0]
+        return y, state
+
+    mamba.selective_scan = several  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mamba.selective_scan = scan
 
 
 def _turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:

@@ -30,9 +30,10 @@ def test_fusion_is_its_formula(linear: bool, bottleneck: int | None, epsilon: fl
         fusion = Fusion(bottleneck, linear, epsilon, dtype=jnp.float64, param_dtype=jnp.float64)
         arguments = (x, u, (one, other), jnp.asarray(False))
         variables = fusion.init(jax.random.key(0), *arguments)
-        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), variables.get("params", {}))
+        params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), variables.get("params", {}))
         got = fusion.apply({"params": params}, *arguments)
         first = fusion.apply({"params": params}, *arguments[:3], jnp.asarray(True))
+        params = jax.tree.map(np.asarray, params)
 
     sources = [np.asarray(one), np.asarray(other)]
     if linear:

@@ -1,6 +1,7 @@
 """The selective scan against its oracle, and what is peculiar to it: memory, sharding over channels, the decoding step."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ssm_jax.ops.selective_scan import selective_scan
+from tests.conformance.compare import assert_trees_close
 from tests.conformance.jaxpr import array_sizes
 from tests.conformance.op import Arrays, ChunkedOpConformance, RaggedOpConformance, assert_run_close
 
@@ -71,6 +73,29 @@ class TestSelectiveScan(RaggedOpConformance, ChunkedOpConformance):
         assert run["d_x_BLE"][:, 20:].any()
         assert not run["d_x_BLE"][:, :20].any()
         assert not run["d_state"][0].any()
+
+    @pytest.mark.parametrize("length", [1, 37])
+    def test_step_sizes_of_low_rank_equal_their_product(self, length: int, any_implementation: str) -> None:
+        """With the gradients of both factors: those that the product passes on."""
+        case, rng = jax.tree.map(jnp.asarray, self.case(length, "ragged")), np.random.default_rng(1)
+        low, up = (rng.normal(size=shape).astype(np.float32) for shape in ((4, length, 3), (3, self.channels)))
+        rest = {name: x for name, x in case.inputs.items() if name != "dt_BLE"}
+
+        def both(scan: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]) -> Any:
+            (y, state), pull_back = jax.vjp(scan, jnp.asarray(low), jnp.asarray(up))
+            present = jnp.asarray(np.arange(length) < case.masks["lengths"][:, None])[..., None]
+            return (
+                jnp.where(present, y, 0),
+                state,
+                pull_back((jnp.where(present, case.cotangents[0], 0), case.cotangents[1])),
+            )
+
+        def run(dt: jax.Array, dt_up: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            how: dict[str, Any] = {"implementation": any_implementation, "dt_up_RE": dt_up, **case.masks}
+            return selective_scan(dt_BLE=dt, state=case.state, **rest, **how)
+
+        got, expected = both(run), both(lambda low, up: run(low @ up, None))
+        assert_trees_close(got, expected, 1e-5, relative=True)
 
 
 def _shapes(length: int, variant: str) -> tuple[Arrays, dict[str, Any]]:

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from ssm_jax.nn import initializers
@@ -24,7 +24,8 @@ class Recurrence(NamedTuple):
     """The recurrence of a layer without its read-out: the arguments of ``selective_scan`` but for C."""
 
     x_BLE: Array
-    dt_BLE: Array
+    dt_BLR: Array
+    dt_up_RE: Array
     A_EN: Array
     B_BLN: Array
     dt_bias_E: Array
@@ -87,9 +88,11 @@ class Mamba(nn.Module):
         state = jnp.zeros((batch, self.d_state, self.d_inner), jnp.float32)
         if length == 1:
             return state
-        x, B = (jnp.zeros((batch, length, width), self.dtype) for width in (self.d_inner, self.d_state))
+        widths = (self.d_inner, self.dt_rank, self.d_state)
+        x, dt, B = (jnp.zeros((batch, length, width), self.dtype) for width in widths)
+        dt_up = jnp.zeros((self.dt_rank, self.d_inner), self.dtype)
         A = jnp.zeros((self.d_inner, self.d_state), jnp.float32)
-        return Recurrence(x, x, A, B, jnp.zeros((self.d_inner,), self.param_dtype), state)
+        return Recurrence(x, dt, dt_up, A, B, jnp.zeros((self.d_inner,), self.param_dtype), state)
 
     def __call__(
         self, x_BLD: Activations, state: MambaState | None = None, positions: Positions | None = None
@@ -124,7 +127,8 @@ class Mamba(nn.Module):
         B_BLN = low_rank(self.d_state, "B_proj")(x_BLE)
         C_BLN = low_rank(self.d_state, "C_proj")(x_BLE)
         dt_up_init = initializers.constant_or_uniform(self.dt_scale * self.dt_rank**-0.5, self.dt_init)
-        dt_BLE = nn.Dense(self.d_inner, use_bias=False, kernel_init=dt_up_init, name="dt_up", **kinds)(dt_BLR)
+        dt_up = _Kernel((self.dt_rank, self.d_inner), dt_up_init, self.param_dtype, name="dt_up")
+        dt_up_RE = dt_up().astype(dt_BLR.dtype)
         dt_bias_init = initializers.inverse_softplus_log_uniform(self.dt_min, self.dt_max, self.dt_init_floor)
         dt_bias_E = self.param("dt_bias", dt_bias_init, (self.d_inner,), self.param_dtype)
         A_log_EN = self.param("A_log", initializers.s4d_real, (self.d_inner, self.d_state), self.param_dtype)
@@ -132,11 +136,11 @@ class Mamba(nn.Module):
 
         A_EN = -jnp.exp(A_log_EN.astype(jnp.float32))
         start = state.ssm if state else self.init_state(len(x_BLD)).ssm
-        own = Recurrence(x_BLE, dt_BLE, A_EN, B_BLN, dt_bias_E, start)
+        own = Recurrence(x_BLE, dt_BLR, dt_up_RE, A_EN, B_BLN, dt_bias_E, start)
         others = shallow.sources if shallow is not None else ()
         y_BLE, ssm = selective_scan(
             x_BLE,
-            dt_BLE,
+            dt_BLR,
             A_EN,
             B_BLN,
             C_BLN,
@@ -145,6 +149,7 @@ class Mamba(nn.Module):
             dt_bias_E,
             start,
             reset,
+            dt_up_RE=dt_up_RE,
             lengths=lengths,
             chunk_size=self.chunk_size,
         )
@@ -183,6 +188,18 @@ class Mamba(nn.Module):
         return total
 
 
+class _Kernel(nn.Module):
+    """A matrix that is multiplied elsewhere, under the name that ``nn.Dense`` would give it."""
+
+    shape: tuple[int, int]
+    kernel_init: Initializer
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "R E"]:
+        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
+
+
 def _read(
     source: Recurrence | Array,
     C_BLN: Float[Array, "B L N"],
@@ -195,7 +212,20 @@ def _read(
     if not isinstance(source, Recurrence):
         y = jnp.einsum("bln,bne->ble", C_BLN.astype(source.dtype), source).astype(C_BLN.dtype)
         return y if gate_BLE is None else gated_silu(y, gate_BLE)
-    x, dt, A, B, dt_bias, start = source
-    return selective_scan(
-        x, dt, A, B, C_BLN, None, gate_BLE, dt_bias, start, reset, lengths=lengths, chunk_size=chunk_size
-    )[0]
+    x, dt, dt_up, A, B, dt_bias, start = source
+    y, _ = selective_scan(
+        x,
+        dt,
+        A,
+        B,
+        C_BLN,
+        None,
+        gate_BLE,
+        dt_bias,
+        start,
+        reset,
+        dt_up_RE=dt_up,
+        lengths=lengths,
+        chunk_size=chunk_size,
+    )
+    return y

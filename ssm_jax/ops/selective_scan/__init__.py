@@ -26,7 +26,7 @@ dispatch.register("selective_scan_backward", "xla", xla.backward)
 
 def selective_scan(
     x_BLE: Float[Array, "B L E"],
-    dt_BLE: Float[Array, "B L E"],
+    dt_BLE: Float[Array, "B L E"] | Float[Array, "B L R"],
     A_EN: Float[Array, "E N"],
     B_BLN: Float[Array, "B L N"],
     C_BLN: Float[Array, "B L N"],
@@ -37,6 +37,7 @@ def selective_scan(
     reset: Reset | None = None,
     *,
     dt_softplus: bool = True,
+    dt_up_RE: Float[Array, "R E"] | None = None,
     lengths: Lengths | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
@@ -54,6 +55,8 @@ def selective_scan(
         D_E, z_BLE, dt_bias_E: left out where None.
         state: h before the first token; zeros if None. Channels are its last, fast axis.
         reset: True at the first token of a document: there h_t is its second term alone.
+        dt_up_RE: step sizes of rank R: ``dt_BLE`` is [B, L, R], and dt its product with this matrix, which is computed again in the
+            backward pass instead of kept.
         dt_softplus: whether ``dt_BLE + dt_bias_E`` goes through softplus, or is the step size itself.
         lengths: present tokens per row; later ones leave the state alone (dt_t = 0) and their outputs mean nothing.
         implementation: None for the best one of the platform, or a name.
@@ -86,44 +89,57 @@ def selective_scan(
     )
     chunk_size = min(chunk_size or DEFAULT_CHUNK_SIZE, length)
     if implementation == "reference":
+        inputs = _at_full_rank(inputs, dt_up_RE)
         y, last_state, _ = reference(inputs, dt_softplus=dt_softplus, chunk_size=chunk_size)
         return y, last_state
-    return _differentiable(dt_softplus, chunk_size, implementation, inputs)
+    return _differentiable(dt_softplus, chunk_size, implementation, inputs, dt_up_RE)
+
+
+def _at_full_rank(inputs: Inputs, dt_up_RE: Array | None) -> Inputs:
+    return inputs if dt_up_RE is None else inputs._replace(dt_BLE=inputs.dt_BLE @ dt_up_RE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _differentiable(
-    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs
+    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs, dt_up_RE: Array | None
 ) -> tuple[Array, Array]:
-    return _forward(dt_softplus, chunk_size, implementation, inputs)[0]
+    return _forward(dt_softplus, chunk_size, implementation, inputs, dt_up_RE)[0]
 
 
 def _forward(
-    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs
-) -> tuple[tuple[Array, Array], tuple[Inputs, Array]]:
+    dt_softplus: bool, chunk_size: int, implementation: str | None, inputs: Inputs, dt_up_RE: Array | None
+) -> tuple[tuple[Array, Array], tuple[Inputs, Array | None, Array]]:
     y, state, chunk_states = dispatch.call(
-        "selective_scan", implementation, inputs, dt_softplus=dt_softplus, chunk_size=chunk_size
+        "selective_scan",
+        implementation,
+        _at_full_rank(inputs, dt_up_RE),
+        dt_softplus=dt_softplus,
+        chunk_size=chunk_size,
     )
-    return (y, state), (inputs, chunk_states)
+    return (y, state), (inputs, dt_up_RE, chunk_states)
 
 
 def _backward(
     dt_softplus: bool,
     chunk_size: int,
     implementation: str | None,
-    residuals: tuple[Inputs, Array],
+    residuals: tuple[Inputs, Array | None, Array],
     cotangents: tuple[Array, Array],
-) -> tuple[Inputs]:
-    return (
-        dispatch.call(
-            "selective_scan_backward",
-            implementation,
-            *residuals,
-            *cotangents,
-            dt_softplus=dt_softplus,
-            chunk_size=chunk_size,
-        ),
+) -> tuple[Inputs, Array | None]:
+    inputs, dt_up_RE, chunk_states = residuals
+    gradients = dispatch.call(
+        "selective_scan_backward",
+        implementation,
+        _at_full_rank(inputs, dt_up_RE),
+        chunk_states,
+        *cotangents,
+        dt_softplus=dt_softplus,
+        chunk_size=chunk_size,
     )
+    if dt_up_RE is None:
+        return gradients, None
+    d_low, d_up = jax.vjp(jnp.matmul, inputs.dt_BLE, dt_up_RE)[1](gradients.dt_BLE)
+    return gradients._replace(dt_BLE=d_low), d_up
 
 
 _differentiable.defvjp(_forward, _backward)
