@@ -5,10 +5,10 @@
 Contestants of a group take turns: a training step (loss, gradients, AdamW), and 128 greedy tokens after a prompt of 16, at batch 1
 and 8. Beside the measured ratios stands the counted one, of operations per token; for DenseMamba also what m more scans in every
 layer add, from a scan and its gradient timed alone. DenseRetNet has the published width and four layers: what fusion adds is
-elementwise, and weighs more the narrower a model is. A control of DenseMamba runs m more scans in every layer of Mamba, with inputs
-of their own (the layer's, shifted): the scans of m sources, and neither gate nor anything handed from layer to layer. Then generation
-at batch 6 after 2,048 to 10,240 tokens, beside a RetNet and a Llama of equal size (the paper's figure of speed, drawn at a size that
-a CPU can hold).
+elementwise, and weighs more the narrower a model is. A control of DenseMamba runs m more scans in every layer of Mamba, with
+inputs of their own (the layer's, shifted): the scans of m sources, and neither gate nor anything handed from layer to layer. Then
+generation at batch 6 after 2,048 to 10,240 tokens, beside a RetNet and a Llama of equal size (the paper's figure of speed, drawn
+at a size that a CPU can hold).
 Writes benchmarks/results/dense_cpu.json; with ``--only`` the other parts keep what stands there.
 """
 
