@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 
@@ -13,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssm_jax.errors import ConfigError, UserError
 from ssm_jax.typing import PyTree
+
+_PATIENCE_S = 1.0
 
 
 def initialize(
@@ -76,6 +79,7 @@ def failing_alone() -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         else:
+            time.sleep(_PATIENCE_S)  # if it is that another one went away, that one is to be seen first
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()

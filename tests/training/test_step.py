@@ -86,7 +86,7 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch() -> None:
     params, batch = host(state.params), random_batch(0)
     _, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
     tokens, positions = jnp.asarray(batch["tokens"]), jnp.asarray(batch["positions"])
-    logits, _ = small_model().apply({"params": params}, tokens, positions=positions)
+    logits, _ = small_model().apply({"params": jax.tree.map(jnp.asarray, params)}, tokens, positions=positions)
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], 2)[..., 0]
     expected = np.sum(nll * batch["weights"]) / np.sum(batch["weights"])
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
