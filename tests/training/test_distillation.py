@@ -107,7 +107,9 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
     sums, gradient = evaluated(distill(mode="mix", weight=1.0), taught_by=(student(), student_params()))
     weight = batch(0)["weights"].sum()
     assert abs(float(sums["kl"][0]) / weight) < 1e-6
-    assert all(float(jnp.abs(x).max()) / weight < 1e-6 for x in jax.tree.leaves(gradient))
+    _, towards_data = evaluated(distill(mode="mix", weight=0.0), taught_by=(student(), student_params()))
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(towards_data))
+    assert all(float(jnp.abs(x).max()) < 3e-6 * largest for x in jax.tree.leaves(gradient))
     assert float(sums["ce"][0]) / weight > 0.1
 
 
