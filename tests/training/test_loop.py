@@ -483,7 +483,7 @@ def test_a_mixture_reads_its_corpora_by_weight_and_resumes(
     run(**{**mixed, "output": tmp_path / "stopped"})
     assert_same_run(tmp_path / "mixed", tmp_path / "stopped")
     with pytest.raises(UserError, match=r"data\.content is .* there"):
-        run(**{**mixed, "data__mixture": corpora.replace("3", "2")})
+        run(**{**mixed, "data__mixture": corpora.replace("weight: 3", "weight: 2")})
 
 
 def test_a_moving_average_is_kept_evaluated_and_exported(run: Run, straight: Path, tmp_path: Path) -> None:
