@@ -44,7 +44,7 @@ class StoredArticles:
     dataset: PackedDataset
     marks: bool = False
 
-    def __iter__(self) -> Iterator[Integer[np.ndarray, "n"]]:
+    def __iter__(self) -> Iterator[Integer[np.ndarray, "_"]]:
         for document in stored_documents(self.dataset):
             yield document if self.marks else document[1:-1]
 
@@ -93,7 +93,7 @@ def readable_contexts(model: LanguageModel, contexts: Sequence[int]) -> list[int
 def evaluate_articles(
     model: LanguageModel,
     params: Params,
-    articles: Iterable[Integer[np.ndarray, "n"]],
+    articles: Iterable[Integer[np.ndarray, "_"]],
     contexts: Sequence[int],
     *,
     lanes: int = 16,
@@ -110,8 +110,8 @@ def evaluate_articles(
         report: is told the progress after every batch.
 
     Returns:
-        rows: in the order of ``contexts``: n_ctx; loss, token_loss (nats) and their perplexities, None if not finite; windows (those
-        with a target), targets; windows_without_target (that of each article of one token); articles, empty_articles (no token, so
+        rows: in the order of ``contexts``: n_ctx; loss, token_loss (nats) and their perplexities, None if not finite; windows (that
+        have a target), targets; windows_without_target (that of each article of one token); articles, empty_articles (no token, so
         no window), tokens. left_out: n_ctx and reason of lengths beyond the model's context.
 
     Raises:
