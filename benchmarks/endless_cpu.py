@@ -2,9 +2,11 @@
 
     python -m benchmarks.endless_cpu TEXT_FOLDER TOKENIZER [--model FOLDER] [--tokens 1048576] [--family NAME]
 
-The text of the folder (as train.prepare_data finds it) is encoded, repeated or cut to as many tokens, and scored as a single article in a single window by what ``train.evaluate --articles`` runs, in one lane, with the state carried to the end. Of every
+The text of the folder (as train.prepare_data finds it) is encoded, repeated or cut to as many tokens, and scored as a single
+article in a single window by what ``train.evaluate --articles`` runs, in one lane, with the state carried to the end. Of every
 sixteenth of the article: the tokens up to its end, seconds, microseconds per token by the clock and of the processor's cores
-together, resident memory at its end and the most so far. None should grow. Without --model the weights are random, of a size in SIZES: time and memory do not depend on them, the loss does.
+together, resident memory at its end and the most so far. None should grow. Without --model the weights are random, of a size in
+SIZES: time and memory do not depend on them, the loss does.
 Linux only (/proc). Writes benchmarks/results/endless_cpu.json.
 """
 
@@ -62,10 +64,9 @@ def run(argv: Sequence[str]) -> None:
     found = evaluate_articles(model, params, [article], [len(article) + len(article) % 2], lanes=1, report=course)
     result = {"conditions": described, "sixteenths": course.parts, **found["rows"][0], "summary": course.summary()}
     for part in course.parts:
-        print(
-            f"{part['tokens']:>12,} tokens {part['us_per_token']:>10.1f} us/token ({part['cpu_us_per_token']:.1f} of cores) {part['resident_mib']:>10.1f} MiB resident "
-            f"{part['peak_mib']:>10.1f} MiB at most"
-        )
+        times = f"{part['us_per_token']:>9.1f} us/token ({part['cpu_us_per_token']:.1f} of the cores)"
+        memory = f"{part['resident_mib']:>9.1f} MiB resident, {part['peak_mib']:.1f} at most"
+        print(f"{part['tokens']:>12,} tokens {times} {memory}")
     print(json.dumps(result["summary"], indent=2))
     print("written:", args.json or save("endless_cpu", result))
     if args.json:
