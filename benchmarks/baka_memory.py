@@ -93,7 +93,10 @@ def _measured(model: LanguageModel, device: SingleDeviceSharding) -> dict[str, f
     memory = compiled.memory_analysis()
     arguments, rest = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     rest += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {name: round(size / GIB, 2) for name, size in (("arguments", arguments), ("rest", rest), ("total", arguments + rest))}
+    return {
+        name: round(size / GIB, 2)
+        for name, size in (("arguments", arguments), ("rest", rest), ("total", arguments + rest))
+    }
 
 
 def _plain(y: Any, gate: Any, width: float = 1.0, power: float = 8.0) -> Any:
