@@ -2,8 +2,8 @@
 
 A batch is ``{tokens, targets, positions, weights}``, [lanes, window]. Positions go on within an article from window to window, so
 position 0 in column 0 says that the lane starts afresh. Absent tokens (after an article's end; a whole lane where no article is
-left) have position -1 and weight 0. The target of a window's last token is the next window's first one: every token of an article but
-its first is a target exactly once.
+left) have position -1 and weight 0. The target of a window's last token is the next window's first one: every token of an article
+but its first is a target exactly once.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Continuous batch refill as integers: which article, and which part of it, each lane reads in each step.
 
-Articles come from one stream, epoch after epoch, and an article is read in windows. It goes to the lane that is free first (of several
-the lowest), so article j of the stream begins at step start_j, which does not decrease with j. What a step reads follows from the
-articles' lengths, the seed and the step alone.
+Articles come from one stream, epoch after epoch, and an article is read in windows. It goes to the lane that is free first (of
+several the lowest), so article j of the stream begins at step start_j, which does not decrease with j. What a step reads follows
+from the articles' lengths, the seed and the step alone.
 """
 
 import heapq
@@ -32,8 +32,9 @@ class Schedule:
         move up to close the gaps, and an epoch ends before the next begins.
         "static": no refill; articles are taken together and a lane stays absent from its article's end to that of the longest.
 
-    An article has (n + window - 2) // window windows: as many as hold a target, so that its last token alone is no window. "closing"
-    reads such a token, as published, but leaves out steps that would hold nothing else. Articles without a window are left out.
+    An article has (n + window - 2) // window windows: as many as hold a target, so that its last token alone is no window.
+    "closing" reads such a token, as published, but leaves out steps that would hold nothing else. Articles without a window are
+    left out.
 
     Args:
         lengths: tokens of each article.
