@@ -144,7 +144,7 @@ def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
     """
     index = jnp.asarray(lanes, dtype=jnp.int32)
 
-    def take(axis: int, leaf: Array) -> Array:
+    def take(axis: int, leaf: Any) -> Array:
         count = leaf.shape[axis]
         if (
             not isinstance(index, jax.core.Tracer)
@@ -160,7 +160,7 @@ def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
 def map_lanes(function: Callable[..., Any], state: S, *others: S) -> S:
     """``function(axis, leaf, ...)`` for every leaf of states of one structure, ``axis`` being that of the batch lanes."""
 
-    def apply(axes: Axes, *leaves: Array) -> Any:
+    def apply(axes: Axes, *leaves: Any) -> Any:
         return function(axes.index("batch"), *leaves)
 
     return jax.tree.map(apply, logical_axes(state), state, *others, is_leaf=_is_axes)
