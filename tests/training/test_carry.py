@@ -1,4 +1,4 @@
-"""Truncated back-propagation: windows with a carried state are the whole articles, and nothing of the windows before is differentiated."""
+"""Truncated back-propagation: windows with a carried state are the whole articles, and only their own window is differentiated."""
 
 import dataclasses
 import functools
