@@ -85,7 +85,9 @@ def restore(
         frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
     fields = {**items["train"], "carry": items.get("carry")}
     state = TrainState(params=items["params"], ema=items.get("ema"), **fields)
-    changed = differences(saved or {}, lanes) if lanes is not None and items.get("carry") is None else []
+    changed: list[str] = []
+    if lanes is not None and state.carry is None:
+        changed = ["the checkpoint was saved without one"] if saved is None else differences(saved, lanes)
     return Restored(state, frozen, Meter(**info["counts"]), changed)
 
 

@@ -143,7 +143,11 @@ def test_other_lanes_begin_with_empty_states_and_the_run_says_so(
     assert started == [3, 4], "48 rows of 8 lanes are 3 steps of 16"
 
 
-def test_a_carry_that_is_not_wanted_is_left_and_one_that_is_not_there_is_missed(carried: Path) -> None:
+def test_a_carry_that_is_not_wanted_is_left_and_one_that_is_not_there_is_missed(
+    carried: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    straight = tmp_path / "rows"
+    train(load_run_config(None, overrides(straight, train__steps=1)))
     run = run_lib.prepare(load_run_config(carried / "config.yaml", []))
     shapes = state_lib.abstract(run.model, run.config.optim, run.mesh, 8)
     lanes = saving.lanes_of(run)
@@ -158,6 +162,7 @@ def test_a_carry_that_is_not_wanted_is_left_and_one_that_is_not_there_is_missed(
     missed = saving.restore(carried, *shapes, {**lanes, "batch": {"size": 4}})
     assert missed is not None
     assert (missed.state.carry, missed.changed) == (None, ["batch.size is 8 there and 4 here"])
+    assert saving.restore(straight, *shapes, lanes).changed == ["the checkpoint was saved without one"]
 
 
 def test_more_epochs_go_on_in_the_lanes_that_had_drained(
