@@ -5,8 +5,8 @@
 
 A step is loss, gradients and AdamW on 8 windows of 2,048 tokens: parameters, moments and activations in bfloat16, as its author
 trained on a laptop with 16 GB, states and softmax in float32. ``celp18`` is the network of the comparison with Pythia, ``steps``
-that of the post on gates, with elephants and gates on y - x, which the author could not fit. Each with and without recomputing layers
-in the backward pass, and with an elephant that JAX differentiates in place of ours; beside these what one elephant keeps.
+that of the post on gates, with elephants and gates on y - x, which the author could not fit. Each with and without recomputing
+layers in the backward pass, and with an elephant that JAX differentiates in place of ours; beside these what one elephant keeps.
 Writes benchmarks/results/baka_memory.json.
 """
 

@@ -25,7 +25,7 @@ from ssm_jax.errors import ConfigError, DataError, UserError
 from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
-from ssm_jax.models.registry import context_limit
+from ssm_jax.models.registry import context_limit, family_name, restarts_within_calls
 from ssm_jax.training.config import RunConfig, SampleConfig
 from ssm_jax.training.lanes import Lanes, open_lanes, require_lanes_for_carry
 from ssm_jax.training.teacher import Teacher, open_teacher
@@ -75,7 +75,7 @@ def prepare(config: RunConfig) -> Run:
     _require_carried_states(model)
     if config.init_from is not None and begun is None:
         _require_same_shapes(model, config.init_from)
-    teacher = None if config.distill is None else open_teacher(config.distill, model, data)
+    teacher = None if config.distill is None else open_teacher(config.distill, model, data, config.data.joined)
     tokenizer = load_tokenizer(data.path)
     _require_room_for_samples(config.sample, model, tokenizer)
     lanes = open_lanes(config, data, held_out, context_limit(model.config))
@@ -204,6 +204,12 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
         raise DataError(
             f"Config key 'data.seq_len' is {config.data.seq_len} and the data in {data.path} has rows of {data.seq_len}; "
             f"set data.seq_len={data.seq_len} or prepare the data with --seq-len {config.data.seq_len}."
+        )
+    if data.window is None and not config.data.joined and not restarts_within_calls(model):
+        raise ConfigError(
+            f"The data in {data.path} has rows with several documents, and a {family_name(model)} model begins a document only "
+            "with a call; read articles in lanes (prepare the data with --form documents and set data.lanes.window), or rows as one "
+            "document (data.joined=true)."
         )
     limit = context_limit(model)
     if limit is not None and data.window is not None and data.window > limit:

@@ -12,7 +12,7 @@ from ssm_jax.errors import ConfigError, UserError
 from ssm_jax.interop import fingerprint, from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, count_parameters
-from ssm_jax.models.registry import context_limit, family_name
+from ssm_jax.models.registry import context_limit, family_name, restarts_within_calls
 from ssm_jax.training.config import DistillConfig
 from ssm_jax.typing import Params, PyTree
 
@@ -34,7 +34,7 @@ class Teacher:
         return f"taught by {family_name(config)} with {count_parameters(config):,} parameters"
 
 
-def open_teacher(config: DistillConfig, student: LanguageModel, data: Mixture) -> Teacher:
+def open_teacher(config: DistillConfig, student: LanguageModel, data: Mixture, joined: bool = False) -> Teacher:
     """The teacher of a run; its weights are read for their fingerprint and not kept.
 
     Raises:
@@ -60,6 +60,11 @@ def open_teacher(config: DistillConfig, student: LanguageModel, data: Mixture) -
         raise ConfigError(
             f"Config key 'distill.teacher': the model in {path} reads at most {limit} tokens and the data in {data.path} has "
             f"rows of {data.seq_len}; prepare the data with --seq-len {limit}, or name a teacher that reads longer rows."
+        )
+    if data.window is None and not joined and not restarts_within_calls(model.config):
+        raise ConfigError(
+            f"Config key 'distill.teacher': the {family_name(model.config)} model in {path} begins a document only with a call, "
+            f"and rows in {data.path} hold several; set data.joined=true, or name another teacher."
         )
     ours, theirs = (abstract_params(each)["embed"]["embedding"].shape[1] for each in (student, model))
     if config.copy_embeddings and ours != theirs:

@@ -38,6 +38,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gpt2": {"n_heads": 2, "n_positions": LONGEST},
     "gpt_neox": {"n_heads": 2, "n_positions": LONGEST},
     "llama": {"n_heads": 2, "n_positions": LONGEST},
+    "baka": {"n_heads": 2, "d_mlp": 24, "n_ctx": 4, "n_pauses": 2, "n_rmt_tokens": 2, "d_state": 4},
 }
 
 
@@ -110,10 +111,10 @@ def run_steps(batches: list[Row], *how: Any) -> tuple[list[float], Any, Any]:
     return losses, state.carry, state.params
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EXTRA if name not in ("mamba", "retnet", "gpt2")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EXTRA if name not in ("mamba", "retnet", "gpt2", "baka")]
 
 
-@pytest.mark.parametrize("family", ["mamba", "retnet", "gpt2", *SLOW])
+@pytest.mark.parametrize("family", ["mamba", "retnet", "gpt2", "baka", *SLOW])
 def test_windows_with_a_carried_state_are_the_whole_articles(family: str) -> None:
     """The sums over all windows of two passes equal twice the sum over the articles, read whole from empty states."""
     model = small_model(family)

@@ -253,6 +253,32 @@ def test_rows_are_not_read_in_lanes(run: Run, fields: dict[str, Any], data: Path
         run(**{**fields, "data__path": data})
 
 
+BAKA = {"family": "baka", "n_heads": 2, "n_ctx": 8, "n_pauses": 2, "n_rmt_tokens": 2, "d_state": 4}
+
+
+def test_rows_of_several_documents_are_not_for_models_that_read_in_chunks(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {f"model__{name}": value for name, value in BAKA.items()}
+    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(
+        ConfigError, match=r"a baka model begins a document only with a call; read articles in lanes .*joined"
+    ):
+        run(data__path=data, **fields)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_reads_in_chunks_trains_on_rows_as_documents_and_carries_over_articles(
+    run: Run, data: Path, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Among them a network whose state has parts that it does not use, which a checkpoint leaves out."""
+    bare = BAKA | {"n_rmt_tokens": 0, "xl_layer": "none"}
+    for name, more in (("rows", {"data__path": data, "data__joined": "true"}), ("lanes", fields)):
+        model = {f"model__{key}": value for key, value in (BAKA if name == "rows" else bare).items()}
+        assert run(**more, **model, output=tmp_path / name, train__steps=2)["finished"]
+        assert len(losses(tmp_path / name)) == 2
+
+
 def test_a_config_without_lanes_resolves_as_before(run: Run, data: Path, overrides: Overrides, tmp_path: Path) -> None:
     prepared = run_lib.prepare(load_run_config(None, overrides(tmp_path)))
     identity = run_lib.identity(prepared.config, prepared.data)
