@@ -189,7 +189,9 @@ def _flatten(params: Params) -> dict[str, Any]:
 
 
 def _present(tensor_map: TensorMap, leaves: Mapping[str, Any]) -> list[tuple[str, tuple[Part, ...]]]:
-    present = [(name, parts) for name, parts in tensor_map.items() if parts and all(part.leaf in leaves for part in parts)]
+    present = [
+        (name, parts) for name, parts in tensor_map.items() if parts and all(part.leaf in leaves for part in parts)
+    ]
     homeless = set(leaves) - {part.leaf for _, parts in present for part in parts}
     if homeless:
         raise LayoutError(f"this layout has no tensor for the parameter {min(homeless)!r}; merge or remove it first.")

@@ -160,15 +160,28 @@ def test_folders_are_written_as_they_were_read(folder: str, layout: str, tmp_pat
             np.testing.assert_allclose(written[name], value, rtol=1e-6, strict=True)
         else:
             np.testing.assert_array_equal(written[name], value, err_msg=name, strict=True)
-    content, original = (
-        json.loads((root / "config.json").read_text()) for root in (tmp_path / "m", GOLDENS / folder)
-    )
+    content, original = (json.loads((root / "config.json").read_text()) for root in (tmp_path / "m", GOLDENS / folder))
     shared = {key for key in original if key in content} - ({"model_type"} if layout == "bakallm" else set())
     assert {key: content[key] for key in shared} == {key: original[key] for key in shared}
-    assert set(original) - shared <= {"n_rmt_margins", "rmt_solidifier", "use_flash_attn", "is_pause_pos_random", "model_type"}
+    assert set(original) - shared <= {
+        "n_rmt_margins",
+        "rmt_solidifier",
+        "use_flash_attn",
+        "is_pause_pos_random",
+        "model_type",
+    }
     again, read = ssm_jax.from_pretrained(tmp_path / "m")
     assert again.config == model.config
     assert_same(read, params)
+
+
+def test_the_report_names_the_layers_of_each_stack(tmp_path: Path) -> None:
+    model = ssm_jax.build(CONFIGS["every_third_of_seven"])
+    ssm_jax.save_pretrained(model, random_params(model), tmp_path / "m", check=False)
+    tensors = json.loads((tmp_path / "m" / "parity.json").read_text())["tensors"]
+    assert tensors["model.layers.{i:1+6}.mamba.A_log"] == tensors["model.layers.{i:3+0}.mamba.A_log"] == [16, 5]
+    assert tensors["model.layers.{i:3+1}.attn.q.weight"] == [8, 8]
+    assert not any("mamba" in name and "3+1" in name for name in tensors)
 
 
 def test_the_row_of_a_tensor_is_one_of_its_layer() -> None:
@@ -191,7 +204,11 @@ def test_the_row_of_a_tensor_is_one_of_its_layer() -> None:
     [
         (CELP18, lambda c: c.pop("n_heads"), r"'n_heads' is missing in config\.json"),
         (CELP18, lambda c: c.update(act_fn="gelu"), r"'act_fn' is 'gelu'; ssm_jax has elephant, elephant18_fast, silu"),
-        (EVERY2, lambda c: c.update(is_pause_pos_random=True), r"'is_pause_pos_random' is True; ssm_jax has only False"),
+        (
+            EVERY2,
+            lambda c: c.update(is_pause_pos_random=True),
+            r"'is_pause_pos_random' is True; ssm_jax has only False",
+        ),
         (EVERY2, lambda c: c.update(use_flash_attn=False), r"'use_flash_attn' is False; ssm_jax has only True"),
         (EVERY2, lambda c: c.update(rmt_solidifier="glu"), r"'rmt_solidifier' is 'glu'; ssm_jax has only 'none'"),
         (EVERY2, lambda c: c.update(n_ctx="long"), r"'n_ctx' is 'long'; it must be an integer"),
@@ -210,9 +227,17 @@ def test_configs_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("folder", "rename", "message"),
     [
-        (CELP18, lambda name: None if name.endswith("1.mamba.mamba.D") else name, r"missing: model\.layers\.1\.mamba\.D"),
+        (
+            CELP18,
+            lambda name: None if name.endswith("1.mamba.mamba.D") else name,
+            r"missing: model\.layers\.1\.mamba\.D",
+        ),
         (EVERY2, lambda name: None if "pause_emb" in name else name, r"missing: model\.pause\.pause_emb"),
-        (STEPS, lambda name: name.replace("2.step_forward.fc_gate", "2.gate"), r"missing: .*2\.step_forward\.fc_gate.*left"),
+        (
+            STEPS,
+            lambda name: name.replace("2.step_forward.fc_gate", "2.gate"),
+            r"missing: .*2\.step_forward\.fc_gate.*left",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
@@ -242,7 +267,10 @@ def test_weights_under_the_config_of_another_family_are_recognised(tmp_path: Pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rmt_read": "tail"}, "rmt_read is 'tail', and the branch 00x_celp18 has only 'head'; use the layout 'bakallm'"),
+        (
+            {"rmt_read": "tail"},
+            "rmt_read is 'tail', and the branch 00x_celp18 has only 'head'; use the layout 'bakallm'",
+        ),
         ({"mamba_every": 2}, "mamba_every is 2, and the branch 00x_celp18 has only 1"),
         ({"elephant_power": 4.0}, r"elephant_power is 4\.0, and the branch 00x_celp18 has only 8\.0"),
         ({"tie_embeddings": True}, "tie_embeddings is True, and the branch 00x_celp18 has only False"),

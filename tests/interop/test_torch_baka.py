@@ -41,7 +41,15 @@ REACHING: dict[str, Any] = {
 
 class TestBaka(TorchModelConformance):
     model_class = "BakaForCausalLM"
-    centres = {"norm_in.weight": 1.0, "norm_mamba.weight": 1.0, "norm_out.weight": 1.0, "A_log": 1.0, "mamba.D": 1.0, "dt_proj.bias": -2.0}
+    far = 700  # places are counted within chunks
+    centres = {
+        "norm_in.weight": 1.0,
+        "norm_mamba.weight": 1.0,
+        "norm_out.weight": 1.0,
+        "A_log": 1.0,
+        "mamba.D": 1.0,
+        "dt_proj.bias": -2.0,
+    }
     configs = {"mamba_and_memory": SMALL, "steps": {**SMALL, **STEPS}, "what_crosses_chunks": {**SMALL, **REACHING}}
 
 
@@ -152,15 +160,12 @@ def test_both_directions(config: BakaConfig, tmp_path: Path) -> None:
 
 
 def test_the_report_compares(tmp_path: Path) -> None:
-    model, params = random_model(JAX_CONFIGS["mamba_in_every_second"])
+    model, params = random_model(JAX_CONFIGS["calls_close_chunks"])
     ssm_jax.save_pretrained(model, params, tmp_path / "m", check=True)
     report = json.loads((tmp_path / "m" / "parity.json").read_text())
     assert report["layout"] == "bakallm"
     assert report["logits"]["compared"]
     assert 0 < report["logits"]["largest_difference"] < LOGITS * report["logits"]["largest_logit"]
-    assert report["tensors"]["model.layers.{i:1+2}.mamba.A_log"] == [32, 4]
-    assert report["tensors"]["model.layers.{i:2+1}.attn.q.weight"] == [16, 16]
-    assert "model.layers.{i:2+1}.mamba.A_log" not in report["tensors"]
 
 
 def test_greedy_tokens_are_the_same(tmp_path: Path) -> None:

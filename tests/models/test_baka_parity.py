@@ -1,4 +1,4 @@
-"""Baka against tensors that the author's code made, of three branches: every call, its loss, gradients and the state it goes on from.
+"""Baka against tensors that the author's code made, of three branches: every call, its loss and its gradients.
 
 In the third call of ``celp18_lanes`` a lane has left and one joins. There the author lets the new lane attend to the padding that
 makes it as long as the other; so its logits after the first chunk, and the loss, are others than ours.
@@ -27,7 +27,12 @@ CASES = {"celp18_lanes": 3, "mamba_every2_rmt_tail": 2, "steps_gated": 2}
 """Golden -> its calls."""
 CALLS = [(case, number) for case, count in CASES.items() for number in range(count)]
 MIXED = ("celp18_lanes", 2)
-GRADIENTS_OF = {("celp18_lanes", 0): 12, ("celp18_lanes", 1): 4, ("mamba_every2_rmt_tail", 0): 9, ("steps_gated", 0): 10}
+GRADIENTS_OF = {
+    ("celp18_lanes", 0): 12,
+    ("celp18_lanes", 1): 4,
+    ("mamba_every2_rmt_tail", 0): 9,
+    ("steps_gated", 0): 10,
+}
 """How many were recorded."""
 LOGITS, LOSS, GRADIENTS = 2e-5, 1e-5, 1e-4
 

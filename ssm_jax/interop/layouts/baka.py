@@ -1,6 +1,6 @@
 """Baka: the state dicts of Maykeye's BakaLLM, in the spellings of its branches.
 
-The author saved ``state_dict()`` alone: a folder of his is ``config.json`` with the fields of his ``BakaConfig`` beside the weights.
+The author saved ``state_dict()`` alone: a folder of his is ``config.json`` with the fields of his config beside the weights.
 What they do not say is read from the weights: which norm, gates, steps, the layers with a Mamba, rows of memory. Read are
 
 * ``attn.q``, ``mlp.fc_up``, ``norm_mamba``, ``mamba.A_log`` (005_rmt, 007_mamba);
@@ -9,8 +9,8 @@ What they do not say is read from the weights: which norm, gates, steps, the lay
 
 each with ``_orig_mod``, torch.compile's, anywhere or nowhere. ``rot.freqs`` follows from the config: it is written, and not read.
 
-``BAKALLM`` writes the first two, for the model in ``interop.torch``: beside the author's keys config.json has, under our names, every
-switch that the author has no key for. ``CELP18`` writes what that branch loads, and nothing but its network.
+``BAKALLM`` writes the first two, for the model in ``interop.torch``: beside the author's keys config.json has, under our names,
+every switch that he has no key for. ``CELP18`` writes what that branch loads, and nothing but its network.
 """
 
 import re
@@ -46,7 +46,9 @@ _AUTHORS = {
 _WIDTHS = {"dim_ff": "d_mlp", "dim_attn": "d_attn"}
 """The same; 0 stands for a default there."""
 _OURS: dict[str, Callable[[Json, str], Any]] = {
-    **dict.fromkeys(("rmt_read", "xl_layer", "chunk_boundary", "norm", "gate", "gate_input", "step", "step_reach"), text),
+    **dict.fromkeys(
+        ("rmt_read", "xl_layer", "chunk_boundary", "norm", "gate", "gate_input", "step", "step_reach"), text
+    ),
     **dict.fromkeys(("norm_eps", "elephant_width", "elephant_power", "rope_base", "dropout"), number),
     **dict.fromkeys(("step_shared", "mamba_carry", "residual_in_fp32"), boolean),
     **dict.fromkeys(("d_state", "d_conv", "expand"), integer),
@@ -196,7 +198,7 @@ def _read(config: Json) -> dict[str, Any]:
     expect(config, "is_pause_pos_random", False)
     expect(config, "use_flash_attn", True)  # his other branch masks differently
     expect(config, "rmt_solidifier", "none", None)
-    fields = {ours: integer(config, key) for key, ours in _AUTHORS.items() if key in config}
+    fields: dict[str, Any] = {ours: integer(config, key) for key, ours in _AUTHORS.items() if key in config}
     fields |= {ours: integer(config, key) or None for key, ours in _WIDTHS.items() if config.get(key) is not None}
     fields |= {key: read(config, key) for key, read in _OURS.items() if key in config}
     activation = text(config, "act_fn", "elephant")
@@ -250,7 +252,8 @@ def _of_weights(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if with_mamba:
         D, E, rank = (
-            size(f"{_FIRST}mamba.{name}.weight", axis) for name, axis in (("in_proj", 1), ("out_proj", 1), ("dt_proj", 1))
+            size(f"{_FIRST}mamba.{name}.weight", axis)
+            for name, axis in (("in_proj", 1), ("out_proj", 1), ("dt_proj", 1))
         )
         found |= {
             "d_state": size(_FIRST + "mamba.A_log", 1),

@@ -1,4 +1,4 @@
-"""Baka by the parameter names of Maykeye's BakaLLM: chunks with pauses and a recurrent memory, read by attention, elephants and Mamba.
+"""Baka by the parameter names of Maykeye's BakaLLM: chunks with pauses and a recurrent memory.
 
 Tokens are read in chunks of ``n_ctx``; see ``chunk_slots`` for what stands in one. A layer, with n = norm(x):
 
@@ -10,8 +10,8 @@ Tokens are read in chunks of ``n_ctx``; see ``chunk_slots`` for what stands in o
 
 Memory is what stands in R slots after the last layer: the last of them, or the first.
 
-State is that at the start of the open chunk and the embeddings of its tokens so far, so that every call computes its open chunk from
-its start: simple, and as slow as that is. Without memory or cache of a chunk before, nothing of it is kept.
+The state is that at the start of the open chunk, and the embeddings of its tokens so far: every call computes its open chunk from
+the start, so that a token costs up to a chunk.
 """
 
 from typing import ClassVar
@@ -34,9 +34,9 @@ State = dict[str, Tensor]
 def state_shapes(config: BakaConfig) -> dict[str, tuple[int, ...]]:
     """What is carried, by name and without the rows of the batch; all zero before any token.
 
-    open: embeddings of the open chunk's tokens. memory. there: which of the slots before the open chunk have keys and values, 0 or 1;
-    the last one is that just before it. Per layer i, i.kv: those keys and values. i.window: the last three inputs of its step.
-    i.mamba: see ``Mamba``.
+    open: embeddings of the open chunk's tokens. memory: what the chunk before wrote. there: 0 or 1, which of the slots before the
+    open chunk have keys and values; the last one is just before it. Of layer i, i.kv: those keys and values. i.window: the last
+    three inputs of its step. i.mamba: see ``Mamba``.
     """
     D, S = config.dim_model, config.places
     shapes: dict[str, tuple[int, ...]] = {}
@@ -98,7 +98,7 @@ class BakaModel(nn.Module):
         state = (
             {name: x.new_zeros(rows, *shape, dtype=wide) for name, shape in shapes.items()}
             if fresh
-            else dict(zip(shapes, states, strict=True))
+            else dict(zip(shapes, (x for x in states if x is not None), strict=True))
         )
         before = steps.before.expand(rows, 1)
         filled = before % config.n_ctx if "open" in state else torch.zeros_like(before)

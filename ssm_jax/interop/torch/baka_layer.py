@@ -182,6 +182,7 @@ class BakaLayer(nn.Module):
 
 def run(branch: nn.Module | None, n: Tensor, *others: Any, base: nn.Module | None = None) -> tuple[Tensor, Any]:
     """What a branch adds, its gate applied, and what it carries. ``base``: what computes it, where that is not its own."""
-    own = branch.base if isinstance(branch, Gated) else branch
-    y, carried = (base or own)(n, *others)
+    computing = base or (branch.base if isinstance(branch, Gated) else branch)
+    assert computing is not None
+    y, carried = computing(n, *others)
     return (branch.gate(n, y) if isinstance(branch, Gated) else y), carried

@@ -233,7 +233,8 @@ class DenseMambaConfig(RecurrentConfig):
 class BakaConfig(RecurrentConfig):
     """Baka, by the fields of BakaLLM's BakaConfig, and by ours for what that has none for.
 
-    n_vocab; dim_model: D; dim_ff: of the perceptron, 0 for 4 D; dim_attn: of all heads' queries and keys, 0 for D; n_layers; n_heads.
+    n_vocab; dim_model: D; n_layers; n_heads.
+    dim_ff: of the perceptron, 0 for 4 D. dim_attn: of all heads' queries and keys, 0 for D.
     n_ctx: tokens of a chunk. n_pauses: pauses in it. n_rmt_tokens: R, rows of memory.
     act_fn: "elephant" (or "elephant18_fast"), 1 / (1 + |x / elephant_width|^elephant_power), or "silu".
     mamba_each_nth_layer: n, a Mamba in the layers 0, n, 2 n, ...; 0 for none. d_state, d_conv, expand, dt_rank ("auto" for
@@ -242,10 +243,10 @@ class BakaConfig(RecurrentConfig):
     xl_layer: whose keys and values of the chunk before are read too: the "same" layer's, those of the one "below", or "none".
     chunk_boundary: "stream", a chunk goes on in the next call, or "call", the end of every call ends the chunk.
     norm: "layer" or "rms"; norm_eps.
-    gate: "none", "relu", "leaky_relu" or "sigmoid", of each branch; gate_input: what it reads, the branch's input ("x"), output ("y")
-        or their difference ("y-x").
-    step: "none", "nstep4" (at every slot) or "step4" (at every fourth). step_shared: one matrix for all layers. step_reach: "chunk",
-        or "xl" through the last slots of the chunk before.
+    gate: "none", "relu", "leaky_relu" or "sigmoid", of each branch. gate_input: what it reads, the branch's input ("x"), its
+        output ("y") or their difference ("y-x").
+    step: "none", "nstep4" (at every slot) or "step4" (at every fourth). step_shared: one matrix for all layers.
+        step_reach: "chunk", or "xl" through the last slots of the chunk before.
     rope_base; dropout; residual_in_fp32: sums between layers in float32, whatever the type of the model.
 
     recurrent_chunk_size has no meaning here: chunks are the model's own.
