@@ -182,6 +182,21 @@ def test_greedy_tokens_are_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got[:, 11:], ssm_jax.generate(model, params, prompts, max_new_tokens=9))
 
 
+def test_where_calls_close_chunks_every_token_is_of_the_whole_text(tmp_path: Path) -> None:
+    import torch
+
+    model, params = random_model(JAX_CONFIGS["calls_close_chunks"])
+    ssm_jax.save_pretrained(model, params, tmp_path / "m", check=False)
+    theirs, expected = auto(tmp_path / "m"), torch.from_numpy(TOKENS[:, :5]).long()
+    got = generate(theirs, expected, max_new_tokens=6)
+    for _ in range(6):
+        with torch.no_grad():
+            output = theirs(expected)
+        assert output.past_key_values is None
+        expected = torch.cat([expected, output.logits[:, -1:].argmax(-1)], dim=1)
+    np.testing.assert_array_equal(got, expected)
+
+
 CASES = ("celp18_lanes", "mamba_every2_rmt_tail", "steps_gated")
 
 
@@ -214,7 +229,9 @@ def test_the_authors_calls(case: str, tmp_path: Path) -> None:
             ]
             cache = RecurrentCache(grown[:-1], grown[-1], cache.columns)
         model.zero_grad()
-        output = model(recorded["tokens"].long(), labels=recorded["labels"].long(), past_key_values=cache)
+        output = model(
+            recorded["tokens"].long(), labels=recorded["labels"].long(), past_key_values=cache, use_cache=True
+        )
         output.loss.backward()
         cache = output.past_key_values
         alone = continued if 0 < continued < rows else rows

@@ -18,20 +18,27 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ssm_jax.errors import LayoutError
 from ssm_jax.interop.layouts import transformers
+from ssm_jax.interop.layouts.baka_names import (
+    EMBEDDING,
+    FIRST,
+    HEAD,
+    MEMORY,
+    PAUSE,
+    SHARED_STEP,
+    TENSORS,
+    buffers,
+    rename,
+    spelling_of_celp18,
+    uncompiled,
+    variants,
+)
 from ssm_jax.interop.layouts.fields import boolean, expect, integer, number, text
 from ssm_jax.interop.layouts.layout import Json, Layout
 from ssm_jax.interop.tensor import Tensor
-from ssm_jax.interop.tensor_map import Part, TensorMap, depthwise, linear, same, vector
 from ssm_jax.models import BakaConfig
-from ssm_jax.nn.rotary import geometric
 
-_EMBEDDING, _HEAD = "vocab_in.weight", "vocab_out.weight"
-_PAUSE, _MEMORY, _SHARED_STEP = "model.pause.pause_emb", "model.rmt.rmt_tokens", "model.step_forward.step.weight"
-_FIRST = "model.layers.0."
 _AUTHORS = {
     "n_vocab": "vocab_size",
     "dim_model": "d_model",
@@ -76,104 +83,6 @@ _CELP18 = {
 """What the branch has no key for, or is what it is."""
 
 
-def _interleaved(leaf: str) -> Part:
-    """A kernel [D, H, P] that makes queries or keys whose halves are turned together; in torch neighbours are."""
-
-    def to_torch(w: Any) -> Any:
-        width, heads, size = w.shape
-        return w.reshape(width, heads, 2, size // 2).transpose(1, 3, 2, 0).reshape(-1, width)
-
-    def from_torch(block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        width, heads, size = shape
-        return block.reshape(heads, size // 2, 2, width).transpose(3, 0, 2, 1).reshape(shape)
-
-    return Part(leaf, to_torch, from_torch)
-
-
-def _layer(number: str, ours: str, gated: bool) -> TensorMap:
-    """Tensors of the layers of one stack. ``number``: of a layer, such as "{i}"; ``ours``: where our leaves are.
-
-    x_proj holds rows [dt | B | C].
-    """
-    base = "base." if gated else ""
-    mamba = ours + "mamba/"
-    named: dict[str, tuple[Part, ...]] = {
-        "norm_in.weight": (vector(ours + "norm/scale"),),
-        "norm_in.bias": (vector(ours + "norm/bias"),),
-        f"attn.{base}q.weight": (_interleaved(ours + "mixer/q_proj/kernel"),),
-        f"attn.{base}k.weight": (_interleaved(ours + "mixer/k_proj/kernel"),),
-        f"attn.{base}v.weight": (linear(ours + "mixer/v_proj/kernel"),),
-        f"attn.{base}o.weight": (linear(ours + "mixer/out_proj/kernel", inputs=2),),
-        **{
-            f"mlp.{base}fc_{name}.weight": (linear(f"{ours}mlp/{name}_proj/kernel"),) for name in ("gate", "up", "down")
-        },
-        f"step_forward.{base}step.weight": (linear(ours + "step/proj/kernel", inputs=2),),
-        "norm_mamba.weight": (vector(ours + "mamba_norm/scale"),),
-        "norm_mamba.bias": (vector(ours + "mamba_norm/bias"),),
-        "mamba.in_proj.weight": (linear(mamba + "in_proj/kernel"),),
-        "mamba.conv1d.weight": (depthwise(mamba + "conv/kernel"),),
-        "mamba.conv1d.bias": (vector(mamba + "conv/bias"),),
-        "mamba.x_proj.weight": tuple(linear(f"{mamba}{name}/kernel") for name in ("dt_down", "B_proj", "C_proj")),
-        "mamba.dt_proj.weight": (linear(mamba + "dt_up/kernel"),),
-        "mamba.dt_proj.bias": (vector(mamba + "dt_bias"),),
-        "mamba.A_log": (same(mamba + "A_log"),),
-        "mamba.D": (vector(mamba + "D"),),
-        "mamba.out_proj.weight": (linear(mamba + "out_proj/kernel"),),
-    }
-    if gated:
-        branches = {"attn": "mixer", "mlp": "mlp", "step_forward": "step"}
-        named |= {f"{name}.fc_gate.weight": (linear(f"{ours}{leaf}_gate/kernel"),) for name, leaf in branches.items()}
-    return {f"model.layers.{number}.{name}": parts for name, parts in named.items()}
-
-
-_TENSORS: TensorMap = {
-    _EMBEDDING: (same("embed/embedding"),),
-    _PAUSE: (vector("layers/pause"),),
-    _MEMORY: (same("layers/memory"),),
-    _SHARED_STEP: (linear("layers/step", inputs=2),),
-    **_layer("{i}", "layers/units/members_0/", gated=False),
-    "norm_out.weight": (vector("norm_f/scale"),),
-    "norm_out.bias": (vector("norm_f/bias"),),
-    _HEAD: (linear("head/kernel"),),
-}
-
-
-def _variants(config: BakaConfig) -> TensorMap:
-    """Where not every layer has a Mamba, a stack for each place in a unit, and one for each layer after the last whole unit."""
-    size, gated = config.mamba_every or 1, config.gate != "none"
-    repeats, rest = divmod(config.n_layers, size)
-    found: dict[str, tuple[Part, ...]] = {name: () for name in _TENSORS if "{i}" in name}
-    for m in range(size if repeats else 0):
-        number = f"{{i:{size}+{m}}}" if size > 1 else "{i}"
-        found |= _layer(number, f"layers/units/members_{m}/", gated)
-    for m in range(rest):
-        found |= _layer(f"{{i:1+{repeats * size + m}}}", f"layers/rest/members_{m}/", gated)
-    return found
-
-
-def _buffers(config: BakaConfig) -> dict[str, np.ndarray]:
-    """Radians per place of every pair."""
-    angles = geometric(config.d_attn_resolved // config.n_heads, config.rope_base).astype(np.float32)
-    base = "" if config.gate == "none" else "base."
-    return {f"model.layers.{i}.attn.{base}rot.freqs": angles for i in range(config.n_layers)}
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
-
-
-def _rename(name: str) -> str | None:
-    plain = _plain(name).replace(".qkv_prep.", ".")
-    if plain.endswith(".rot.freqs"):
-        return None
-    return plain.replace(".mamba.mamba.", ".mamba.").replace(".mamba.norm_in.", ".norm_mamba.")
-
-
-def _spelling_of_celp18(config: BakaConfig, name: str) -> str:
-    compiled = re.sub(r"\.attn\.([qkv])\.", r".attn.qkv_prep._orig_mod.\1.", name).replace(".mlp.", ".mlp._orig_mod.")
-    return compiled.replace(".mamba.", ".mamba.mamba.").replace(".norm_mamba.", ".mamba.norm_in.")
-
-
 def _detect(config: Json, names: Collection[str]) -> bool:
     return _is_baka(config, names) and not _is_celp18(names)
 
@@ -183,13 +92,13 @@ def _detect_celp18(config: Json, names: Collection[str]) -> bool:
 
 
 def _is_celp18(names: Collection[str]) -> bool:
-    return any(".mamba.norm_in." in _plain(name) for name in names)
+    return any(".mamba.norm_in." in uncompiled(name) for name in names)
 
 
 def _is_baka(config: Json, names: Collection[str]) -> bool:
     kind = config.get("model_type")
     if kind is None:
-        return "dim_model" in config and {_EMBEDDING, _FIRST + "norm_in.weight"} <= {_plain(name) for name in names}
+        return "dim_model" in config and {EMBEDDING, FIRST + "norm_in.weight"} <= {uncompiled(name) for name in names}
     return str(kind).split("_")[0] == "baka"
 
 
@@ -231,17 +140,17 @@ def _of_weights(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     numbers = sorted({int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))})
     with_mamba = [i for i in numbers if f"model.layers.{i}.mamba.A_log" in tensors]
-    gated = _FIRST + "attn.fc_gate.weight" in tensors
+    gated = FIRST + "attn.fc_gate.weight" in tensors
     base, kind = ("base." if gated else ""), ("layer" if "norm_out.bias" in tensors else "rms")
-    shared, stepped = _SHARED_STEP in tensors, f"{_FIRST}step_forward.{base}step.weight" in tensors
+    shared, stepped = SHARED_STEP in tensors, f"{FIRST}step_forward.{base}step.weight" in tensors
     found: dict[str, Any] = {
-        "vocab_size": size(_EMBEDDING, 0) or size(_HEAD, 0),
+        "vocab_size": size(EMBEDDING, 0) or size(HEAD, 0),
         "d_model": size("norm_out.weight", 0),
         "n_layers": len(numbers) or None,
-        "d_mlp": size(f"{_FIRST}mlp.{base}fc_up.weight", 0),
-        "d_attn": size(f"{_FIRST}attn.{base}q.weight", 0),
-        "n_pauses": None if _PAUSE in tensors else 0,
-        "n_rmt_tokens": size(_MEMORY, 0) or 0,
+        "d_mlp": size(f"{FIRST}mlp.{base}fc_up.weight", 0),
+        "d_attn": size(f"{FIRST}attn.{base}q.weight", 0),
+        "n_pauses": None if PAUSE in tensors else 0,
+        "n_rmt_tokens": size(MEMORY, 0) or 0,
         "xl_layer": "below" if gated or stepped else "same",
         "norm": kind,
         "norm_eps": {"layer": 1e-5, "rms": 1e-6}[kind],
@@ -252,12 +161,12 @@ def _of_weights(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if with_mamba:
         D, E, rank = (
-            size(f"{_FIRST}mamba.{name}.weight", axis)
+            size(f"{FIRST}mamba.{name}.weight", axis)
             for name, axis in (("in_proj", 1), ("out_proj", 1), ("dt_proj", 1))
         )
         found |= {
-            "d_state": size(_FIRST + "mamba.A_log", 1),
-            "d_conv": size(_FIRST + "mamba.conv1d.weight", 2),
+            "d_state": size(FIRST + "mamba.A_log", 1),
+            "d_conv": size(FIRST + "mamba.conv1d.weight", 2),
             "expand": E // D if D and E else None,
             "dt_rank": "auto" if D and rank == -(-D // 16) else rank,
         }
@@ -275,17 +184,18 @@ def _authors(config: BakaConfig) -> dict[str, Any]:
 
 
 def _write(config: BakaConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
+    cached = config.chunk_boundary == "stream"  # else a generated token would be a chunk of its own
     content = {
         "architectures": ["BakaForCausalLM"],
         "model_type": "baka",
         **_authors(config),
         **{key: getattr(config, key) for key in _OURS},
         "tie_word_embeddings": config.tie_embeddings,
-        "use_cache": True,
+        "use_cache": cached,
         "dtype": dtype,
         **special,
     }
-    return {"config.json": content, "generation_config.json": {**special, "use_cache": True}}
+    return {"config.json": content, "generation_config.json": {**special, "use_cache": cached}}
 
 
 def _write_celp18(config: BakaConfig, dtype: str, special: Json) -> dict[str, dict[str, Any]]:
@@ -319,18 +229,18 @@ BAKALLM = Layout(
     detect=_detect,
     read_config=_read,
     write_files=_write,
-    tensors=_TENSORS,
-    variants=_variants,
-    buffers=_buffers,
+    tensors=TENSORS,
+    variants=variants,
+    buffers=buffers,
     aliases={},
-    embedding=_EMBEDDING,
-    head=_HEAD,
+    embedding=EMBEDDING,
+    head=HEAD,
     differing_head="refuse",
     stores_tied_head=False,
     weights="safetensors",
     load_in_torch="import ssm_jax.interop\n" + transformers.LOAD,
     torch_logits=transformers.torch_logits,
-    rename=_rename,
+    rename=rename,
     infer=_infer,
 )
 CELP18 = replace(
@@ -342,5 +252,5 @@ CELP18 = replace(
     load_in_torch=_LOAD_CELP18,
     torch_logits=None,
     unchecked="the author's program needs a GPU; the layout 'bakallm' holds the same tensors and is compared",
-    spelling=_spelling_of_celp18,
+    spelling=spelling_of_celp18,
 )

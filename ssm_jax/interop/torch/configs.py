@@ -249,7 +249,8 @@ class BakaConfig(RecurrentConfig):
         step_reach: "chunk", or "xl" through the last slots of the chunk before.
     rope_base; dropout; residual_in_fp32: sums between layers in float32, whatever the type of the model.
 
-    recurrent_chunk_size has no meaning here: chunks are the model's own.
+    recurrent_chunk_size has no meaning here: chunks are the model's own. With chunk_boundary "call" the model is without use_cache,
+    so that ``generate`` reads the whole text for every token: a call of one token would be a chunk.
 
     Raises:
         ValueError: a value that the model does not compute.
@@ -298,6 +299,7 @@ class BakaConfig(RecurrentConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.use_cache = self.use_cache and self.chunk_boundary == "stream"
         self.dim_ff, self.dim_attn = self.dim_ff or 4 * self.dim_model, self.dim_attn or self.dim_model
         if self.dim_model % self.n_heads or self.dim_attn % (2 * self.n_heads):
             raise ValueError(
