@@ -5,8 +5,9 @@
 reads: rows of the published tensor of layer i are first those of slice i of our ``in_proj`` kernel, then those of
 ``B_proj``; both are stored (out, in). (GPT-2 stores (in, out), and there columns stand side by side; in GPT-NeoX rows of the
 leaves take turns, head by head.) A name without ``{i}``
-is not stacked. The one map serves both directions. An entry whose leaves the model does not have (an absent bias) stands for
-a tensor that does not exist.
+is not stacked. Where layers of several kinds take turns, each kind is a stack of its own: slice i of the one that ``{i:2+1}`` names
+is layer 2 i + 1. The one map serves both directions. An entry without parts, or whose leaves the model does not have (an absent
+bias), stands for a tensor that does not exist.
 """
 
 import dataclasses
@@ -86,6 +87,14 @@ def head_vector(leaf: str) -> Part:
 def same(leaf: str) -> Part:
     """A tensor with the same axes in both."""
     return Part(leaf, lambda w: w, lambda block, shape: block)
+
+
+class _Slice(int):
+    """The number of a stack's slice, which ``{i:a+b}`` turns into that of its layer, a i + b."""
+
+    def __format__(self, spec: str) -> str:
+        step, first = spec.split("+") if spec else (1, 0)
+        return str(int(step) * int(self) + int(first))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +179,7 @@ def to_params(
 
 
 def published_shapes(tensor_map: TensorMap, params: Params) -> dict[str, tuple[int, ...]]:
-    """Shape by published name, layers folded into ``{i}``, of a tree of arrays or of shapes."""
+    """Shape by published name, layers folded into ``{i}`` (``{i:a+b}`` for some of them), of a tree of arrays or of shapes."""
     leaves = _flatten(params)
     return {name: _entry(name, parts, leaves).shape for name, parts in _present(tensor_map, leaves)}
 
@@ -180,7 +189,9 @@ def _flatten(params: Params) -> dict[str, Any]:
 
 
 def _present(tensor_map: TensorMap, leaves: Mapping[str, Any]) -> list[tuple[str, tuple[Part, ...]]]:
-    present = [(name, parts) for name, parts in tensor_map.items() if all(part.leaf in leaves for part in parts)]
+    present = [
+        (name, parts) for name, parts in tensor_map.items() if parts and all(part.leaf in leaves for part in parts)
+    ]
     homeless = set(leaves) - {part.leaf for _, parts in present for part in parts}
     if homeless:
         raise LayoutError(f"this layout has no tensor for the parameter {min(homeless)!r}; merge or remove it first.")
@@ -192,14 +203,14 @@ def _entries(tensor_map: TensorMap, leaves: Mapping[str, Any]) -> list[_Entry]:
 
 
 def _entry(template: str, parts: tuple[Part, ...], leaves: Mapping[str, Any]) -> _Entry:
-    stacked = "{i}" in template
+    stacked = "{i" in template
     layers = leaves[parts[0].leaf].shape[0] if stacked else 1
     described = []
     for part in parts:
         shape = tuple(leaves[part.leaf].shape[1:] if stacked else leaves[part.leaf].shape)
         block = jax.eval_shape(part.to_torch, jax.ShapeDtypeStruct(shape, np.float32)).shape
         described.append((part, shape, tuple(block)))
-    return _Entry([template.format(i=i) for i in range(layers)], stacked, described)
+    return _Entry([template.format(i=_Slice(i)) for i in range(layers)], stacked, described)
 
 
 def _check(entries: list[_Entry], tensors: Mapping[str, Tensor]) -> None:

@@ -22,11 +22,13 @@ class TorchModelConformance:
     """Subclass, marked ``torch``, with ``model_class``, a name in ``ssm_jax.interop.torch``, and ``configs``: id -> its keys.
 
     ``centres``: end of a parameter's name -> what its random numbers lie around, where it is not 0.
+    ``far``: tokens that are read in half precision.
     """
 
     model_class: str
     configs: dict[str, dict[str, Any]]
     centres: dict[str, float] = {}
+    far = 2100
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -197,7 +199,7 @@ class TorchModelConformance:
         from transformers import AutoModelForCausalLM
 
         model = self.model(name)
-        tokens = self.tokens(model, rows=1, length=2100)
+        tokens = self.tokens(model, rows=1, length=self.far)
         expected = run(model, tokens)
         with quiet():
             model.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from tests.test_architecture import ROOT
 KNOWN = """
 from transformers import AutoConfig, AutoModelForCausalLM
 import ssm_jax.interop.torch as modules
-for name in ("RetNet", "DenseGauRetNet", "DenseMamba", "GatedStateSpaces"):
+for name in ("RetNet", "DenseGauRetNet", "DenseMamba", "Baka", "GatedStateSpaces"):
     config = getattr(modules, name + "Config")
     assert type(AutoConfig.for_model(config.model_type)) is config
     assert AutoModelForCausalLM._model_mapping[config] is getattr(modules, name + "ForCausalLM")

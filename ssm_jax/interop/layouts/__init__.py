@@ -12,6 +12,7 @@ from ssm_jax.errors import LayoutError
 from ssm_jax.interop import native
 from ssm_jax.interop.folder import read_json
 from ssm_jax.interop.layouts import (
+    baka,
     dense_mamba,
     dense_ssm,
     fla,
@@ -35,6 +36,8 @@ LAYOUTS: tuple[Layout, ...] = (
     gss.PACKAGE,
     gss.PUBLISHED,
     dense_mamba.DENSE_MAMBA,
+    baka.BAKALLM,
+    baka.CELP18,
     retnet.SYNCDOTH,
     retnet.TORCHSCALE,
     fla.FLA,

@@ -17,10 +17,12 @@ _HOME = {
     "RetNetConfig": "configs",
     "DenseGauRetNetConfig": "configs",
     "DenseMambaConfig": "configs",
+    "BakaConfig": "configs",
     "GatedStateSpacesConfig": "configs",
     "RetNetForCausalLM": "retnet",
     "DenseGauRetNetForCausalLM": "dense_retnet",
     "DenseMambaForCausalLM": "dense_mamba",
+    "BakaForCausalLM": "baka",
     "GatedStateSpacesForCausalLM": "gss",
     "RecurrentCache": "cache",
 }

@@ -230,6 +230,107 @@ class DenseMambaConfig(RecurrentConfig):
         return math.ceil(self.hidden_size / 16) if self.time_step_rank == "auto" else int(self.time_step_rank)
 
 
+class BakaConfig(RecurrentConfig):
+    """Baka, by the fields of BakaLLM's BakaConfig, and by ours for what that has none for.
+
+    n_vocab; dim_model: D; n_layers; n_heads.
+    dim_ff: of the perceptron, 0 for 4 D. dim_attn: of all heads' queries and keys, 0 for D.
+    n_ctx: tokens of a chunk. n_pauses: pauses in it. n_rmt_tokens: R, rows of memory.
+    act_fn: "elephant" (or "elephant18_fast"), 1 / (1 + |x / elephant_width|^elephant_power), or "silu".
+    mamba_each_nth_layer: n, a Mamba in the layers 0, n, 2 n, ...; 0 for none. d_state, d_conv, expand, dt_rank ("auto" for
+        ceil(D / 16)): of it. mamba_carry: whether its state goes on from chunk to chunk.
+    rmt_read: whether the first rows of a chunk's output are the memory ("head"), or the last ("tail").
+    xl_layer: whose keys and values of the chunk before are read too: the "same" layer's, those of the one "below", or "none".
+    chunk_boundary: "stream", a chunk goes on in the next call, or "call", the end of every call ends the chunk.
+    norm: "layer" or "rms"; norm_eps.
+    gate: "none", "relu", "leaky_relu" or "sigmoid", of each branch. gate_input: what it reads, the branch's input ("x"), its
+        output ("y") or their difference ("y-x").
+    step: "none", "nstep4" (at every slot) or "step4" (at every fourth). step_shared: one matrix for all layers.
+        step_reach: "chunk", or "xl" through the last slots of the chunk before.
+    rope_base; dropout; residual_in_fp32: sums between layers in float32, whatever the type of the model.
+
+    recurrent_chunk_size has no meaning here: chunks are the model's own. With chunk_boundary "call" the model is without use_cache,
+    so that ``generate`` reads the whole text for every token: a call of one token would be a chunk.
+
+    Raises:
+        ValueError: a value that the model does not compute.
+    """
+
+    model_type = "baka"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "vocab_size": "n_vocab",
+        "hidden_size": "dim_model",
+        "intermediate_size": "dim_ff",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+    }
+
+    n_vocab: int = 50277
+    dim_model: int = 768
+    dim_ff: int = 0
+    dim_attn: int = 0
+    n_layers: int = 8
+    n_heads: int = 12
+    n_ctx: int = 512
+    n_pauses: int = 8
+    n_rmt_tokens: int = 16
+    act_fn: str = "elephant"
+    elephant_width: float = 1.0
+    elephant_power: float = 8.0
+    mamba_each_nth_layer: int = 1
+    mamba_carry: bool = False
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | str = "auto"
+    rmt_read: str = "tail"
+    xl_layer: str = "same"
+    chunk_boundary: str = "stream"
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    gate: str = "none"
+    gate_input: str = "x"
+    step: str = "none"
+    step_shared: bool = False
+    step_reach: str = "chunk"
+    rope_base: float = 10_000.0
+    dropout: float = 0.0
+    residual_in_fp32: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.use_cache = self.use_cache and self.chunk_boundary == "stream"
+        self.dim_ff, self.dim_attn = self.dim_ff or 4 * self.dim_model, self.dim_attn or self.dim_model
+        if self.dim_model % self.n_heads or self.dim_attn % (2 * self.n_heads):
+            raise ValueError(
+                f"{self.n_heads} heads cannot share {self.dim_attn} keys (an even number each) and {self.dim_model} values."
+            )
+        _require_one_of(self, "act_fn", "elephant", "elephant18_fast", "silu")
+        _require_one_of(self, "rmt_read", "tail", "head")
+        _require_one_of(self, "xl_layer", "same", "below", "none")
+        _require_one_of(self, "chunk_boundary", "stream", "call")
+        _require_one_of(self, "norm", "layer", "rms")
+        _require_one_of(self, "gate", "none", "relu", "leaky_relu", "sigmoid")
+        _require_one_of(self, "gate_input", "x", "y", "y-x")
+        _require_one_of(self, "step", "none", "nstep4", "step4")
+        _require_one_of(self, "step_reach", "chunk", "xl")
+
+    @property
+    def step_rank(self) -> int:
+        """``dt_rank`` as a number."""
+        return math.ceil(self.dim_model / 16) if self.dt_rank == "auto" else int(self.dt_rank)
+
+    @property
+    def stride(self) -> int:
+        """Places from pause to pause."""
+        return self.n_ctx // self.n_pauses if self.n_pauses else self.n_ctx
+
+    @property
+    def places(self) -> int:
+        """Slots of a whole chunk."""
+        return self.n_ctx + self.n_pauses + 2 * self.n_rmt_tokens
+
+
 def _require_one_of(config: PreTrainedConfig, key: str, *allowed: str | int | None) -> None:
     if getattr(config, key) not in allowed:
         raise ValueError(f"{key} is {getattr(config, key)!r}; it must be one of {', '.join(map(repr, allowed))}.")

@@ -21,6 +21,7 @@ _MODELS = {
     "RetNet": "retnet",
     "DenseGauRetNet": "dense_retnet",
     "DenseMamba": "dense_mamba",
+    "Baka": "baka",
     "GatedStateSpaces": "gss",
 }
 """How the names of a model's classes begin, and its file here."""
