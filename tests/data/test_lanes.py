@@ -148,6 +148,8 @@ def test_closing_is_the_rules_of_the_original_and_stable_the_same_multiset(lengt
         [place for place in step if place[0] >= 0] for step in walked(tuple(lengths), lanes, window, "closing", **once)
     ]
     assert closing == expected
+    twice = walked(tuple(lengths), lanes, window, "closing", shuffle=False, epochs=2)
+    assert [[place for place in step if place[0] >= 0] for step in twice] == expected * 2, "an epoch drains"
     ending = [length for length in lengths if length % window != 1]
     if ending and max(ending) > 1:  # no window of an end mark alone, which only the published order reads
         stable, closing = (walked(tuple(ending), lanes, window, refill, **once) for refill in ("stable", "closing"))
