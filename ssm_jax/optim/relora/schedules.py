@@ -58,10 +58,10 @@ def jagged_cosine(
 
         u = t + offset
         k, p, span = u // cycle, u % cycle, _at_least_1(total - warmup)
-        aim = f(k * cycle / span) if variant == "v1" else f((k * cycle + rewarmup - warmup) / span)
+        aim = f(_real(k * cycle) / span) if variant == "v1" else f(_real(k * cycle + rewarmup - warmup) / span)
         restarted = (t >= cycle if compat else k >= 1) if variant == "v4" else (k >= 0)
-        tooth = where((p < rewarmup) & restarted, p / max(1, rewarmup) * aim, f((u - warmup) / span))
-        return peak * where(t < warmup, t / max(1, warmup), tooth)
+        tooth = where((p < rewarmup) & restarted, _real(p) / max(1, rewarmup) * aim, f(_real(u - warmup) / span))
+        return peak * where(t < warmup, _real(t) / max(1, warmup), tooth)
 
     return schedule
 
@@ -83,7 +83,7 @@ def jagged(
 
     def schedule(t: Step) -> Any:
         where, _, _ = _functions(t)
-        p = t % cycle
+        p = _real(t % cycle)
         falling = where(p > cycle - anneal, (cycle - p) / max(1, anneal), 1.0)
         tooth = where(p < rewarmup, p / max(1, rewarmup), falling)
         return inner(t) * where(t < cycle - anneal, 1.0, floor + (1.0 - floor) * tooth)
@@ -105,7 +105,7 @@ def cyclic_cosine(
 
     def schedule(t: Step) -> Any:
         where, cos, _ = _functions(t)
-        p = t % cycle
+        p = _real(t % cycle)
         progress = (p - warmup) / _at_least_1(cycle - warmup)
         decayed = floor + (1.0 - floor) * (0.5 * (1.0 + cos(math.pi * progress)))
         factor = where(p < warmup, p / max(1, warmup), decayed)
@@ -124,8 +124,8 @@ def linear(peak: float, total: Step, warmup: int = 0, offset: int = 0) -> Schedu
 
     def schedule(t: Step) -> Any:
         where, _, _ = _functions(t, total)
-        left = (total - t) / _at_least_1(total - warmup)
-        return peak * where(t < warmup, t / max(1, warmup), where(left > 0, left, 0.0))
+        left = _real(total - t) / _at_least_1(total - warmup)
+        return peak * where(t < warmup, _real(t) / max(1, warmup), where(left > 0, left, 0.0))
 
     return schedule
 
@@ -153,6 +153,11 @@ def _functions(*values: Step) -> tuple[Callable[..., Any], Callable[..., Any], C
     if all(isinstance(value, int) for value in values):
         return lambda condition, x, y: x if condition else y, math.cos, min
     return jnp.where, jnp.cos, jnp.minimum
+
+
+def _real(value: Step) -> Any:
+    """Whole numbers of 32 bits would be divided in float32 whatever JAX's float type is."""
+    return value if isinstance(value, int) else value.astype(float)
 
 
 def _at_least_1(value: Step) -> Step:
