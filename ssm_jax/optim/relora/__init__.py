@@ -26,7 +26,7 @@ from ssm_jax.optim.relora.constants import (
 )
 from ssm_jax.optim.relora.defaults import defaults, selection
 from ssm_jax.optim.relora.intercept import Wrapped, interception, kernels, wrap
-from ssm_jax.optim.relora.merge import is_due, merge_and_reset
+from ssm_jax.optim.relora.merge import is_due, merge_and_reset, merge_with_master
 from ssm_jax.optim.relora.optimizer import (
     accumulator_empty,
     adamw,
@@ -88,6 +88,7 @@ __all__ = [
     "make_optimizer",
     "materialise",
     "merge_and_reset",
+    "merge_with_master",
     "nbytes",
     "optimizer_axes",
     "partition",

@@ -5,6 +5,7 @@ kernel is changed in place, a block at a time, on each device its own part: as A
 outputs, no device needs another's.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -47,8 +48,7 @@ def merge_and_reset(
     keep: float | None = None,
     reset_count: bool | None = None,
     donate: bool = True,
-    master: Params | None = None,
-) -> tuple[Params, Params, PyTree, Metrics] | tuple[Params, Params, PyTree, Metrics, Params]:
+) -> tuple[Params, Params, PyTree, Metrics]:
     """(frozen, trainable, opt_state, metrics) after a merge; the output of the model changes by rounding alone.
 
     The product is taken in float32 (float64 for such kernels), added and rounded to the kernel's type once. Arrays stay where they
@@ -58,15 +58,54 @@ def merge_and_reset(
     Args:
         method, keep, reset_count: see ``reset_state``.
         donate: whether the arrays passed in are used up, kernel by kernel; without it a second frozen tree is made.
-        master: the frozen kernels in float32, on any device (host memory will do: they are touched at merges only). Changes are
-            then summed there, ``frozen`` is its rounded copy, and the new master is the fifth result.
 
     Metrics: merged_norm of all changes; rounding_loss, the norm of what rounding took from them, relative to that; state_zeroed,
-    the share of the adapters' moments that is zero now. With a master rounding_loss is that of the master.
+    the share of the adapters' moments that is zero now.
 
     Raises:
         ConfigError: trees that are not the plan's, and what ``reset_state`` refuses; before anything is changed.
     """
+    how = {"spec": spec, "method": method, "keep": keep, "reset_count": reset_count, "donate": donate}
+    return _merge_all(None, frozen, trainable, opt_state, key, **how)[1:]
+
+
+def merge_with_master(
+    master: Params,
+    frozen: Params,
+    trainable: Params,
+    opt_state: PyTree,
+    key: Key,
+    *,
+    spec: Spec,
+    method: str = "zero",
+    keep: float | None = None,
+    reset_count: bool | None = None,
+    donate: bool = True,
+) -> tuple[Params, Params, Params, PyTree, Metrics]:
+    """``merge_and_reset`` of frozen kernels in low precision, whose changes are summed in a second tree: (master, frozen, ...).
+
+    ``master`` holds the kernels in float32, as NumPy or JAX arrays, on any device: host memory will do, as it is touched at merges
+    only. ``frozen`` becomes its rounded copy, so that small changes are not lost merge by merge; rounding_loss is the master's.
+    """
+    how = {"spec": spec, "method": method, "keep": keep, "reset_count": reset_count, "donate": donate}
+    merged, *rest = _merge_all(master, frozen, trainable, opt_state, key, **how)
+    assert merged is not None
+    return merged, *rest
+
+
+def _merge_all(
+    master: Params | None,
+    frozen: Params,
+    trainable: Params,
+    opt_state: PyTree,
+    key: Key,
+    *,
+    spec: Spec,
+    method: str,
+    keep: float | None,
+    reset_count: bool | None,
+    donate: bool,
+) -> tuple[Params | None, Params, Params, PyTree, Metrics]:
     check(method, keep)
     kernels, leaves = flat(frozen), flat(trainable)
     masters = None if master is None else flat(master)
@@ -90,8 +129,8 @@ def merge_and_reset(
         "rounding_loss": jnp.float32(lost / changed if changed else 0.0),
         "state_zeroed": share,
     }
-    results = nested(kernels), nested({**leaves, **restarted}), opt_state, metrics
-    return results if masters is None else (*results, nested(masters))
+    new_master = None if masters is None else nested(masters)
+    return new_master, nested(kernels), nested({**leaves, **restarted}), opt_state, metrics
 
 
 def add_product(
@@ -107,21 +146,31 @@ def add_product(
     sizes = _block(kernel.shape, parts)
     counts = tuple(n // size for n, size in zip(kernel.shape[:2], sizes, strict=True))
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        kernel, sums = carry
-        starts = (i // counts[1] * sizes[0], i % counts[1] * sizes[1])
-        a_axes, b_axes = (*leaf.batch, *leaf.inputs, None), (*leaf.batch, None, *leaf.outputs)
-        block = _cut(kernel, tuple(range(kernel.ndim)), starts, sizes)
-        change = factors.product(_cut(a, a_axes, starts, sizes), _cut(b, b_axes, starts, sizes), leaf, scale, kind)
-        merged = (block.astype(kind) + change).astype(kernel.dtype)
-        lost = merged.astype(kind) - block.astype(kind) - change
-        sums = sums + jnp.stack([jnp.sum(jnp.square(x), dtype=sums.dtype) for x in (change, lost)])
-        return jax.lax.dynamic_update_slice(kernel, merged, (*starts, *(0,) * (kernel.ndim - 2))), sums
+    blocks = counts[0] * counts[1]
+    a_axes, b_axes = (*leaf.batch, *leaf.inputs, None), (*leaf.batch, None, *leaf.outputs)
 
-    return jax.lax.fori_loop(0, counts[0] * counts[1], body, (kernel, jnp.zeros((2,), kind)))
+    def start(i: Array | int) -> tuple[Array | int, Array | int]:
+        return i // counts[1] * sizes[0], i % counts[1] * sizes[1]
+
+    def read(kernel: Array, i: Array | int) -> Array:
+        return _cut(kernel, tuple(range(kernel.ndim)), start(i), sizes)
+
+    # A block is read at the end of the round before its own, from what that round wrote: were a round to read the kernel before it
+    # writes, XLA would copy the whole of it first.
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        kernel, old, sums = carry
+        change = factors.product(_cut(a, a_axes, start(i), sizes), _cut(b, b_axes, start(i), sizes), leaf, scale, kind)
+        new = (old.astype(kind) + change).astype(kernel.dtype)
+        lost = new.astype(kind) - old.astype(kind) - change
+        sums = sums + jnp.stack([jnp.sum(jnp.square(x), dtype=kind) for x in (change, lost)])
+        kernel = jax.lax.dynamic_update_slice(kernel, new, (*start(i), *(0,) * (kernel.ndim - 2)))
+        return kernel, read(kernel, (i + 1) % blocks), sums
+
+    kernel, _, sums = jax.lax.fori_loop(0, blocks, body, (kernel, read(kernel, 0), jnp.zeros((2,), kind)))
+    return kernel, sums
 
 
-def _cut(x: Array, axes: tuple[int | None, ...], starts: tuple[Array, Array], sizes: tuple[int, int]) -> Array:
+def _cut(x: Array, axes: tuple[int | None, ...], starts: tuple[Any, Any], sizes: tuple[int, int]) -> Array:
     """The part of ``x``, whose axes are those of the kernel, that a block needs."""
     for place, axis in enumerate(axes):
         if axis in (0, 1):
@@ -139,15 +188,14 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
 
 
-def _merge(
-    leaf: Leaf, scale: float, kernel: Array, a: Array, b: Array, donate: bool
-) -> tuple[Array, Float[Array, "2"]]:
+def _merge(leaf: Leaf, scale: float, kernel: Any, a: Array, b: Array, donate: bool) -> tuple[Array, Float[Array, "2"]]:
     if not isinstance(kernel, jax.Array):
         with jax.default_device(jax.devices("cpu")[0]):
             kernel = jnp.asarray(kernel)
     if kernel.sharding.device_set != a.sharding.device_set:
         a, b = (jax.device_put(np.asarray(x), next(iter(kernel.devices()))) for x in (a, b))
-    return _compiled_merge(leaf, scale, kernel.sharding, donate)(kernel, a, b)
+    unnamed = dataclasses.replace(leaf, path="", dtype="")  # kernels of one shape share a program
+    return _compiled_merge(unnamed, scale, kernel.sharding, donate)(kernel, a, b)
 
 
 @functools.cache

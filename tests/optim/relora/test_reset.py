@@ -14,7 +14,11 @@ from ssm_jax.optim.relora.reset import largest
 from tests.optim.relora import goldens
 
 KERNELS = ("block/attn/kernel", "block/mlp/kernel")
-FACTORS = {f"{path.replace('/kernel', '').replace('/', '.')}.lora_{x}.weight": f"{path}:{x.lower()}" for path in KERNELS for x in "AB"}
+FACTORS = {
+    f"{path.replace('/kernel', '').replace('/', '.')}.lora_{x}.weight": f"{path}:{x.lower()}"
+    for path in KERNELS
+    for x in "AB"
+}
 NAMES = {**FACTORS, "norm.weight": "norm/scale", "embed.weight": "embed/embedding"}
 
 
@@ -41,7 +45,9 @@ def test_random_pruning_keeps_what_the_draw_keeps(monkeypatch: pytest.MonkeyPatc
         t, u = jnp.asarray(values[f"in.{tensor}"]), jnp.asarray(values[f"u.{tensor}"])
         rows, columns = entry["shape"]
         spec = relora.plan({"kernel": jax.ShapeDtypeStruct((rows, rows), t.dtype)}, "kernel", rank=min(rows, columns))
-        spec = relora.Spec(tuple(relora.Leaf("kernel", (rows, 999), "float32", (), (0,), (1,)) for _ in "1"), columns, 1.0)
+        spec = relora.Spec(
+            tuple(relora.Leaf("kernel", (rows, 999), "float32", (), (0,), (1,)) for _ in "1"), columns, 1.0
+        )
         monkeypatch.setattr(jax.random, "uniform", lambda *args, u=u, **kwargs: u)
         state = {"trace": {"kernel:a": t}}
         kept = relora.reset_state(state, spec, "reference_random", keep=1 - case["ratio"], key=jax.random.key(0))
@@ -51,7 +57,9 @@ def test_random_pruning_keeps_what_the_draw_keeps(monkeypatch: pytest.MonkeyPatc
 def tree(values: dict[str, np.ndarray], prefix: str) -> dict:
     """The file's tensors as our tree; torch's matrices are [out, in]."""
     leaves = {ours: values[prefix + theirs] for theirs, ours in NAMES.items()}
-    return relora.trees.nested({path: jnp.asarray(x.T if "lora" in path or ":" in path else x) for path, x in leaves.items()})
+    return relora.trees.nested(
+        {path: jnp.asarray(x.T if "lora" in path or ":" in path else x) for path, x in leaves.items()}
+    )
 
 
 @functools.lru_cache
@@ -99,7 +107,10 @@ def test_the_reference_reset_by_magnitude_and_the_jump_after_it() -> None:
     require_moments(reset, values, "after")
     last = case["updates"] - 1
     changes, _ = update(tree(values, f"grad.{last}."), reset, params)
-    final, wanted = relora.trees.flat(optax.apply_updates(params, changes)), relora.trees.flat(tree(values, "param.final."))
+    final, wanted = (
+        relora.trees.flat(optax.apply_updates(params, changes)),
+        relora.trees.flat(tree(values, "param.final.")),
+    )
     for path in wanted:
         np.testing.assert_allclose(final[path], wanted[path], rtol=2e-5, atol=1e-6, err_msg=path)
     jumps = {path: float(jnp.abs(x).max()) / case["optimizer"]["lr"] for path, x in relora.trees.flat(changes).items()}
@@ -144,7 +155,12 @@ def test_no_reset_of_ours_makes_an_update_jump(method: str) -> None:
         assert not np.any((np.asarray(v) == 0) & (np.asarray(m) != 0))
         kept += int(jnp.sum(m != 0))
     total = sum(moments(reset, path)[0].size for path in spec.adapters)
-    assert {"zero": kept == 0, "keep": kept == total, "magnitude": 0.08 < kept / total < 0.12, "random": kept < 0.03 * total}[method]
+    assert {
+        "zero": kept == 0,
+        "keep": kept == total,
+        "magnitude": 0.08 < kept / total < 0.12,
+        "random": kept < 0.03 * total,
+    }[method]
     for path in ("norm/scale", "embed/embedding"):
         for before, after in zip(moments(state, path), moments(reset, path), strict=True):
             np.testing.assert_array_equal(before, after)
@@ -184,7 +200,9 @@ def test_one_threshold_for_each_layer_of_a_stack() -> None:
     np.testing.assert_array_equal(pruned["trace"]["layers"]["kernel:a"], jnp.where(one_by_one, layers, 0))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.lion(0.1), optax.adafactor(0.1, min_dim_size_to_factor=2)])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1, momentum=0.9), optax.lion(0.1), optax.adafactor(0.1, min_dim_size_to_factor=2)]
+)
 def test_other_optimizers(optimizer: optax.GradientTransformation) -> None:
     _, values, spec, _, params, _ = recorded("optreset_01_magnitude_0.9")
 

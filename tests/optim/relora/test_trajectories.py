@@ -146,7 +146,9 @@ def require_state(state: Any, values: dict, prefix: str, kinds: list[str], param
         wanted = relora.trees.flat(toy.combined(values, f"{prefix}{kind}."))
         for path in params:
             slot = relora.slots.slots(state, {path: None})[i]
-            np.testing.assert_allclose(leaves[slot.index], wanted[path], rtol=1e-8, atol=1e-12, err_msg=f"{kind} {path}")
+            np.testing.assert_allclose(
+                leaves[slot.index], wanted[path], rtol=1e-8, atol=1e-12, err_msg=f"{kind} {path}"
+            )
 
 
 LLAMA = {
@@ -159,7 +161,11 @@ NORMS = {"input_layernorm": "norm/scale", "post_attention_layernorm": "mlp_norm/
 
 def llama(values: dict[str, np.ndarray], prefix: str, spec_shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     """The file's LLaMA tensors under a prefix as our leaves, layers stacked."""
-    outer = {"model.embed_tokens.weight": "embed/embedding", "model.norm.weight": "norm_f/scale", "lm_head.weight": "head/kernel"}
+    outer = {
+        "model.embed_tokens.weight": "embed/embedding",
+        "model.norm.weight": "norm_f/scale",
+        "lm_head.weight": "head/kernel",
+    }
     leaves: dict[str, Any] = {}
     for theirs, ours in outer.items():
         if prefix + theirs in values:
