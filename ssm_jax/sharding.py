@@ -43,18 +43,25 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "parts": None,
     "bottleneck": None,
+    "memory": None,
+    "embed_state": None,
 }
 """Logical axis -> mesh axis. ``inner`` is a mixer's channels or heads: an axis of size E or H."""
 
-_LAYER = r"layers/(members_\d+/)?"
-_MIXER = _LAYER + r"mixer/"
+_LAYER = r"layers/((units|rest)/)?(members_\d+/)?"
+_MIXER = _LAYER + r"(mixer|mamba)/"
 _FUSION = _MIXER + r"(k_fusion|v_fusion)/"
 PARAMETER_AXES: tuple[tuple[str, Axes], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"embed_position/embedding", (None, "embed")),
     (r"head/kernel", ("embed", "vocab")),
     (r"(norm_f|norm_embed)/(scale|bias)", ("norm",)),
-    (_LAYER + r"(norm|mlp_norm)/(scale|bias)", ("layers", "norm")),
+    (r"layers/pause", ("norm",)),
+    (r"layers/memory", ("memory", "norm")),
+    (r"layers/step", ("taps", "embed", "inner")),
+    (_LAYER + r"(norm|mlp_norm|mamba_norm)/(scale|bias)", ("layers", "norm")),
+    (_LAYER + r"step/proj/kernel", ("layers", "taps", "embed", "inner")),
+    (_LAYER + r"(mixer|mlp|step)_gate/kernel", ("layers", "embed", "inner")),
     (_LAYER + r"mlp/(gate_proj|up_proj)/kernel", ("layers", "embed", "inner")),
     (_LAYER + r"mlp/(gate_proj|up_proj)/bias", ("layers", "inner")),
     (_LAYER + r"mlp/norm/(scale|bias)", ("layers", "inner")),

@@ -1,5 +1,6 @@
 """Language models: ``build``, the families and the published sizes."""
 
+from ssm_jax.models.baka import BakaConfig
 from ssm_jax.models.build import build, count_parameters, flops_per_token, to_nnx
 from ssm_jax.models.dense_mamba import DenseMambaConfig
 from ssm_jax.models.dense_retnet import DenseRetNetConfig
@@ -16,6 +17,7 @@ from ssm_jax.models.retnet import RetNetConfig
 __all__ = [
     "FAMILIES",
     "PRESETS",
+    "BakaConfig",
     "DenseMambaConfig",
     "DenseRetNetConfig",
     "GPT2Config",

@@ -96,6 +96,22 @@ def check_start(tokens: Array, positions: Array | None, state: LMState | None) -
         )
 
 
+def check_restart(tokens: Array, positions: Array | None, state: LMState | None, chunked: bool) -> None:
+    """That in a model that reads chunk by chunk every document begins with a call, where values can be read.
+
+    Raises:
+        ValueError: position 0 behind the first column.
+    """
+    if not chunked or positions is None or not _readable(positions):
+        return
+    rows = np.flatnonzero((np.asarray(positions)[:, 1:] == 0).any(axis=1))
+    if len(rows):
+        raise ValueError(
+            f"positions: row {rows[0]} begins a document within the call, and this model reads in chunks that begin with it; give "
+            "every document a call of its own, with absent tokens (-1) behind the shorter ones, not before them."
+        )
+
+
 def _longest(tokens: Array, positions: Array | None, state: LMState | None) -> int:
     """Tokens of the longest document after this call, as far as it can be known."""
     if positions is not None:

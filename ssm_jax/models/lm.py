@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from ssm_jax.models import registry
-from ssm_jax.models.inputs import check_inputs, check_length, check_start
+from ssm_jax.models.inputs import check_inputs, check_length, check_restart, check_start
 from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
 from ssm_jax.nn.dense import enter, leave
@@ -102,7 +102,11 @@ class LanguageModel(nn.Module):
         check_inputs(tokens, positions, self.config.padded_vocab_size)
         check_start(tokens, positions, state)
         check_length(tokens, positions, state, family.context_limit(self.config))
+        check_restart(tokens, positions, state, family.chunked)
         h_BLD, position_B = self._embedded(tokens, state, positions)
+        if family.chunked:
+            h_BLD, chunked_state = self.layers(h_BLD, state, positions, deterministic)
+            return self._finished(h_BLD), chunked_state
         h_BLD, layer_states = scan_layers(
             self.layers,
             h_BLD,
@@ -113,18 +117,20 @@ class LanguageModel(nn.Module):
             remat=self.config.remat,
             unroll=self.unroll,
         )
-        features_BLD = self._normed(h_BLD)
-        if self.is_initializing() and not self.config.tie_embeddings:
-            self.head(features_BLD[:, :1])
-        return features_BLD, LMState(layers=layer_states, position=position_B)
+        return self._finished(h_BLD), LMState(layers=layer_states, position=position_B)
 
     @nn.nowrap  # the layer made here is no part of this module
     def features_of_layers(
         self, tokens: Tokens, state: LMState, layers: tuple[Params, ...]
     ) -> tuple[Activations, LMState]:
         """``features`` with the parameters, and the state, of each repetition of the layer held apart. For decoding."""
-        layer = registry.family_of(self.config).layer(self.config)
+        family = registry.family_of(self.config)
+        layer: Any = family.layer(self.config)
         h_BLD, position_B = self._embedded(tokens, state, None)
+        if family.chunked:
+            outside, apart = layers
+            h_BLD, chunked_state = layer.step_apart(outside, apart, h_BLD, state)
+            return self._normed(h_BLD), chunked_state
         states = []
         stream = enter(layer, h_BLD)
         for params, layer_state in zip(layers, state.layers, strict=True):
@@ -154,6 +160,13 @@ class LanguageModel(nn.Module):
                 h_BLD = h_BLD + self.embed_position(jnp.maximum(place_BL, 0))
         return h_BLD, positions_lib.next_positions(start_B, length, positions)
 
+    def _finished(self, h_BLD: Activations) -> Activations:
+        """The final norm; when parameters are made, the head's too."""
+        features_BLD = self._normed(h_BLD)
+        if self.is_initializing() and not self.config.tie_embeddings:
+            self.head(features_BLD[:, :1])
+        return features_BLD
+
     def _normed(self, h_BLD: Activations) -> Activations:
         return h_BLD.astype(self.config.dtype) if self.norm_f is None else self.norm_f(h_BLD)
 
@@ -177,6 +190,9 @@ class LanguageModel(nn.Module):
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity is {capacity}; it must be at least 1, or None.")
         family = registry.family_of(self.config)
+        if family.chunked:
+            state: LMState = family.layer(self.config).init_state(batch_size)
+            return state
         layer = family.layer(self.config).init_state(batch_size, capacity)
         return LMState(
             layers=stack_layers(layer, family.repeats(self.config)), position=jnp.zeros((batch_size,), jnp.int32)

@@ -9,7 +9,7 @@ from flax.typing import Initializer
 
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
-from ssm_jax.models import dense_mamba, dense_retnet, gpt2, gpt_neox, gss, llama, mamba, mamba2, retnet
+from ssm_jax.models import baka, dense_mamba, dense_retnet, gpt2, gpt_neox, gss, llama, mamba, mamba2, retnet
 from ssm_jax.models.common import layer_norm, rms_norm
 from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
@@ -29,6 +29,9 @@ class Family:
     derive: (config, params, length, documents) -> params with more leaves, which follow from them alone and which the layers use
         in their place: computed once per update or decoding, instead of in every call. ``length`` is that of the rows, None for
         single tokens; ``documents``: whether rows come with positions.
+    chunk: config -> tokens that are read as one, 1 where every token is read for itself: calls of a multiple of it, from a
+        document's start, give what the whole document gives however a call's end is understood.
+    chunked: whether ``layer`` is the whole stack, a ``ChunkedStack``, in which a document begins with a call.
     aliases: other names of config fields.
     """
 
@@ -45,6 +48,8 @@ class Family:
     context_limit: Callable[[Any], int | None] = lambda config: None
     learned_positions: bool = False
     derive: Callable[[Any, Params, int | None, bool], Params] = lambda config, params, length, documents: params
+    chunk: Callable[[Any], int] = lambda config: 1
+    chunked: bool = False
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -111,6 +116,17 @@ FAMILIES: dict[str, Family] = {
         head_init=llama.INIT,
         context_limit=lambda config: config.n_positions,
         aliases=llama.ALIASES,
+    ),
+    "baka": Family(
+        baka.BakaConfig,
+        baka.stack,
+        baka.PRESETS,
+        baka.flops_per_token,
+        final_norm=baka.norm,
+        embedding_std=lambda config: 1.0,
+        chunk=lambda config: config.n_ctx,
+        chunked=True,
+        aliases=baka.ALIASES,
     ),
 }
 

@@ -16,6 +16,10 @@ torch_linear: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in"
 """Uniform(+-1/sqrt(fan_in)), the default of ``torch.nn.Linear``."""
 
 
+kaiming_normal: Initializer = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "normal")
+"""N(0, 1 / (3 fan_in)), ``torch.nn.init.kaiming_normal_`` with a = sqrt(5)."""
+
+
 def scaled_torch_linear(scale: float) -> Initializer:
     """``torch_linear`` times ``scale``; output projections use 1/sqrt(residual branches)."""
     return nn.initializers.variance_scaling(scale * scale / 3.0, "fan_in", "uniform")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ssm_jax.typing import PyTree
 
@@ -102,6 +102,41 @@ class RetentionState:
 
 
 @struct.dataclass
+class ChunkAttentionState:
+    """State of attention within a chunk and to the one before, float32; what is not kept is None.
+
+    k, v: of the open chunk, keys turned by their place, [B, H, S, P] and [B, H, S, Q]; beyond the last slot meaningless.
+    past_k, past_v: of the chunk before, keys turned by their place less that chunk's length. past_count: its slots, int32 [B].
+    """
+
+    k: Any
+    v: Any
+    past_k: Any
+    past_v: Any
+    past_count: Any
+    AXES: ClassVar[dict[str, Axes]] = {
+        "k": ("batch", "heads", "places", "head_dim"),
+        "v": ("batch", "heads", "places", "head_dim"),
+        "past_k": ("batch", "heads", "places", "head_dim"),
+        "past_v": ("batch", "heads", "places", "head_dim"),
+        "past_count": ("batch",),
+    }
+
+
+@struct.dataclass
+class ChunkLayerState:
+    """State of a layer that works in chunks; what it does not have is None.
+
+    attention: of its attention. mixer: of the mixer that follows. window: the last three inputs of its step, float32 [B, 3, D].
+    """
+
+    attention: Any
+    mixer: Any
+    window: Any
+    AXES: ClassVar[dict[str, Axes]] = {"attention": (), "mixer": (), "window": ("batch", "window", "embed_state")}
+
+
+@struct.dataclass
 class LMState:
     """State of a language model.
 
@@ -114,10 +149,29 @@ class LMState:
     AXES: ClassVar[dict[str, Axes]] = {"layers": ("layers",), "position": ("batch",)}
 
 
+@struct.dataclass
+class ChunkedState(LMState):
+    """State of a language model that reads chunk by chunk.
+
+    memory: what the last closed chunk wrote, float32 [B, R, D]; None for no memory.
+    head: the first R outputs of the open chunk, where those will be its memory, else None.
+    """
+
+    memory: Any = None
+    head: Any = None
+    AXES: ClassVar[dict[str, Axes]] = {
+        **LMState.AXES,
+        "memory": ("batch", "memory", "embed_state"),
+        "head": ("batch", "memory", "embed_state"),
+    }
+
+
 def logical_axes(state: S) -> S:
     """The state with every leaf replaced by the tuple of its logical axis names."""
 
     def walk(node: Any, prefix: Axes) -> Any:
+        if node is None:
+            return None
         if hasattr(node, "AXES"):
             return node.replace(**{name: walk(getattr(node, name), prefix + axes) for name, axes in node.AXES.items()})
         if isinstance(node, dict):
@@ -155,6 +209,18 @@ def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
         return jnp.take(leaf, index, axis=axes.index("batch"))
 
     return jax.tree.map(take, logical_axes(state), state, is_leaf=lambda node: _is_axes(node))
+
+
+def clear_lanes(state: S, which_B: Bool[Array, "B"]) -> S:
+    """The state with zeros in the marked lanes; by selection, so that a lane that broke is usable again."""
+
+    def clear_leaf(axes: Axes, leaf: Array) -> Array:
+        lane = axes.index("batch")
+        return jnp.where(
+            which_B.reshape(*[1] * lane, -1, *[1] * (leaf.ndim - lane - 1)), jnp.zeros((), leaf.dtype), leaf
+        )
+
+    return jax.tree.map(clear_leaf, logical_axes(state), state, is_leaf=lambda node: _is_axes(node))
 
 
 def stack_layers(state: PyTree, n_layers: int) -> PyTree:
