@@ -14,8 +14,8 @@ from ssm_jax.errors import ConfigError
 from ssm_jax.models.registry import family_name
 from ssm_jax.optim.relora.spec import Kernel
 
-_LAYER = r"^layers/(members_\d+/)?"
-_MIXER = _LAYER + r"mixer/"
+_LAYER = r"^layers/((units|rest)/)?(members_\d+/)?"
+_MIXER = _LAYER + r"(mixer|mamba)/"
 
 _HEADS_IN = Kernel(_MIXER + r"(q|k|v|g)_proj/kernel$", (0,), (1,), (2, 3))
 _HEADS_OUT = Kernel(_MIXER + r"out_proj/kernel$", (0,), (1, 2), (3,))
@@ -24,6 +24,8 @@ _IN_HALVES = Kernel(_MIXER + r"in_proj/kernel$", (0,), (1,), (2, 3))
 _OUT = Kernel(_MIXER + r"out_proj/kernel$", (0,), (1,), (2,))
 _FUSED = Kernel(_MIXER + r"(k|v)_fusion/source_\d+/kernel$", (0,), (1, 2), (3, 4))
 _GATED = Kernel(_MIXER + r"(u|v|gate)_proj/kernel$", (0,), (1,), (2,))
+_GATES = Kernel(_LAYER + r"(mixer|mlp|step)_gate/kernel$", (0,), (1,), (2,))
+_STEP = Kernel(_LAYER + r"step/proj/kernel$", (0,), (1, 2), (3,))
 
 _ATTENTION = (_HEADS_IN, _HEADS_OUT, _MLP)
 KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -33,6 +35,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "gss": (_GATED, _OUT, *_ATTENTION),
     "retnet": _ATTENTION,
     "dense_retnet": (*_ATTENTION, _FUSED),
+    "baka": (*_ATTENTION, _IN_HALVES, _OUT, _GATES, _STEP),
     "gpt2": _ATTENTION,
     "gpt_neox": _ATTENTION,
     "llama": _ATTENTION,
@@ -46,6 +49,8 @@ WHY: dict[str, str] = {
     "gss": "u, v, gate and output projections, 2 D F + D H + H F of a layer; in a hybrid also attention and perceptron.",
     "retnet": "q, k, v, gate and output projections, as attention's, and the perceptron.",
     "dense_retnet": "as retnet, and the matrices over all heads that fused keys and values go through; gates are bottlenecks.",
+    "baka": "attention and perceptron, the D x D gates around them, the step over four slots, and Mamba's in_proj and out_proj; "
+    "a step that all layers share is used by hand, and so are pauses and memory: they are trained in full.",
     "gpt2": "q, k, v, output projection and the perceptron, as in the reference.",
     "gpt_neox": "q, k, v, output projection and the perceptron, as in the reference.",
     "llama": "q, k, v, output projection and the gated perceptron: exactly what the reference wraps.",

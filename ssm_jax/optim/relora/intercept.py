@@ -79,13 +79,19 @@ def interception(
 ) -> Iterator[None]:
     """Within it every model is applied with the low-rank paths that its ``params`` hold."""
 
+    done: list[Any] = []
+
     def intercept(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         if not isinstance(module, MODULES) or context.method_name != "__call__":
             return call(*args, **kwargs)
+        before = len(done)
         y = call(*args, **kwargs)
-        if not module.has_variable("params", "kernel" + A):
+        by_parent = module.scope in done[before:]  # a subclass that calls its parent is intercepted twice
+        del done[before:]
+        if by_parent or not module.has_variable("params", "kernel" + A):
             return y
+        done.append(module.scope)
         path = "/".join((*module.path, "kernel"))
         x = args[0] if args else kwargs["inputs"]
         equation = _equation(module, args, kwargs)

@@ -166,7 +166,7 @@ def test_merge_and_reset() -> None:
     old, new = relora.trees.flat(trainable), relora.trees.flat(after)
     for leaf in spec.leaves:
         assert not np.any(new[leaf.b_path])
-        assert np.all(np.abs(new[leaf.a_path]) <= leaf.width_in**-0.5) and np.std(new[leaf.a_path]) > 0
+        assert np.all(np.abs(new[leaf.a_path]) <= leaf.width_in**-0.5)
         assert not np.any(new[leaf.a_path] == old[leaf.a_path])
     np.testing.assert_array_equal(new["norm/scale"], old["norm/scale"])
     wanted = relora.reset_state(state, spec)

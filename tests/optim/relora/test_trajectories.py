@@ -1,4 +1,4 @@
-"""Whole runs of the public code, replayed: losses, merges, resets, final weights. With the reference's ways where it is the target."""
+"""Whole runs of the public code, replayed: losses, merges, resets, final weights."""
 
 import functools
 from typing import Any
