@@ -23,7 +23,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "gss": {"dim_expansion_factor": 2.0, "dss_kernel_N": 8, "dss_kernel_H": 16},
     "retnet": {"n_heads": 2, "d_value": 64, "d_mlp": 48},
     "dense_retnet": {"n_heads": 2, "projection": "linear", "n_layers": 3},
-    "baka": {"n_heads": 2, "n_ctx": 8, "n_pauses": 2, "n_rmt_tokens": 2, "d_state": 4, "step": "nstep4", "gate": "sigmoid"},
+    "baka": {
+        "n_heads": 2,
+        "n_ctx": 8,
+        "n_pauses": 2,
+        "n_rmt_tokens": 2,
+        "d_state": 4,
+        "step": "nstep4",
+        "gate": "sigmoid",
+    },
     "gpt2": {"n_heads": 4, "n_positions": 16},
     "gpt_neox": {"n_heads": 4, "n_positions": 16},
     "llama": {"n_heads": 4, "n_kv_heads": 2, "n_positions": 16},
@@ -55,7 +63,9 @@ def both_ways(model: nn.Module, select: Any, *inputs: jax.Array, rank: int = 3, 
         return first(wrapped.apply({"params": relora.combine(trainable, frozen)}, *inputs, **how))
 
     def materialised(trainable: dict, frozen: dict) -> jax.Array:
-        return first(model.apply({"params": relora.materialise(relora.combine(trainable, frozen), spec)}, *inputs, **how))
+        return first(
+            model.apply({"params": relora.materialise(relora.combine(trainable, frozen), spec)}, *inputs, **how)
+        )
 
     @jax.jit
     def run(trainable: dict, frozen: dict) -> tuple:
@@ -86,7 +96,9 @@ def test_every_family_has_defaults() -> None:
     assert set(KERNELS) == set(WHY) == set(FAMILIES) == set(MODELS)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in ("mamba", "llama") else pytest.mark.slow) for f in MODELS])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("mamba", "llama") else pytest.mark.slow) for f in MODELS]
+)
 def test_every_family(family: str) -> None:
     """Stacked and scanned layers: outputs and gradients, all kernels reached."""
     model = ssm_jax.build(family, **{**TINY, **MODELS[family]})
@@ -113,7 +125,9 @@ def test_defaults_declare_the_axes_that_modules_contract(family: str) -> None:
 
 def test_a_gss_hybrid() -> None:
     fields = {**TINY, **MODELS["gss"], "attention_every": 2, "attention_heads": 2, "attention_chunk": 8}
-    shapes = jax.eval_shape(ssm_jax.build("gss", **fields).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    shapes = jax.eval_shape(ssm_jax.build("gss", **fields).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+        "params"
+    ]
     spec = relora.plan(shapes, relora.defaults(ssm_jax.build("gss", **fields).config), 4)
     assert len(spec.leaves) == 4 + 4 + 2
 
@@ -188,7 +202,9 @@ def test_dropout_is_on_the_adapters_input_alone_and_only_with_a_key() -> None:
     first, second = (apply(changed, jax.random.key(i)) for i in (1, 2))
     assert np.abs(np.asarray(first - second)).max() > 1e-3
     np.testing.assert_allclose(
-        apply({"params": relora.combine(trainable, frozen)}, jax.random.key(1)), model.apply({"params": params}, x), atol=1e-6
+        apply({"params": relora.combine(trainable, frozen)}, jax.random.key(1)),
+        model.apply({"params": params}, x),
+        atol=1e-6,
     )
     with pytest.raises(ConfigError, match=r"dropout of the adapters' input is 1\.0"):
         relora.wrap(model, spec, dropout=1.0)
