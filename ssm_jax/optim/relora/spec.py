@@ -23,8 +23,8 @@ class Kernel:
     """How the kernels are laid out whose path ``pattern`` finds (``re.search``).
 
     batch: axes that are stacked, each entry a kernel of its own (layers). inputs, outputs: the axes that are summed with the
-    input's, and those that the output has; outputs None is all the rest. It fits a leaf that has exactly these axes; a leaf with more
-    than two is not guessed at, and takes an entry that declares something.
+    input's, and those that the output has; outputs None is all the rest. It fits a leaf that has exactly these axes; where nothing
+    is declared a leaf with more than two is not guessed at.
     """
 
     pattern: str

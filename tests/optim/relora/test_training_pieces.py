@@ -50,7 +50,7 @@ def test_adapters_and_moments_lie_like_their_kernels(family: str) -> None:
 def test_configured_optimizers_reset(name: str) -> None:
     """Of every configured direction the adapters' part can be reset alone, with a counter where there is one."""
     params = toy.MODEL.init(jax.random.key(0), jnp.zeros((1, 6)))["params"]
-    frozen, trainable, spec = relora.split(params, toy.WRAPPED, 3, 6.0)
+    _, trainable, spec = relora.split(params, toy.WRAPPED, 3, 6.0)
     optimizer = relora.make_optimizer(optim.OptimConfig(name=name, lr=0.01, weight_decay=0.1), spec)
 
     @jax.jit
