@@ -5,10 +5,11 @@
     python -m train.evaluate runs/wiki --task lambada --file lambada_test.jsonl.gz
     python -m train.evaluate runs/wiki --lengths                # from the training length to 64 times it
     python -m train.evaluate runs/wiki --lengths 512,2048,8192
+    python -m train.evaluate runs/wiki --articles 512,2048,1048576 --beside pythia-70m
 
 MODEL is a run folder or any folder that ssm_jax.from_pretrained reads; in a run folder the scores are kept in eval.json (those of
-other data, another split, sliding windows and lengths in files of their own: eval-DATA.json, lengths.json). DATA is prepared data
-(train.prepare_data), by default what the run was trained on.
+other data, another split, sliding windows, lengths and articles in files of their own: eval-DATA.json, lengths.json,
+articles-512_2048.json). DATA is prepared data (train.prepare_data), by default what the run was trained on.
 
 A document is read from its start to its end, the state carried: every target sees all that stands before it. (A model whose
 context has a limit reads it in windows of that length, each afresh, as the table says.) Beside that stands the score of the data's
@@ -16,6 +17,10 @@ rows, each read afresh, which is what training sees; of a run with data.joined, 
 
 With --lengths the same targets of long documents are scored at every length of context, in windows that are read afresh, and a page
 with the curves stands beside the scores.
+
+With --articles each document is scored alone by BakaLLM's protocol: windows of N tokens start every N/2, each is read from an empty
+state, and every token but the first counts in one of them; the loss is the mean over windows of their means, and beside it stands
+the mean over all targets.
 """
 
 import argparse
@@ -53,8 +58,17 @@ def run(argv: Sequence[str]) -> None:
         raise DataError("Option --file needs --task lambada.")
     if args.lengths is not None and (args.task is not None or args.window is not None or args.stride is not None):
         raise DataError("Option --lengths goes with neither --task nor --window nor --stride; leave one of them out.")
+    if args.articles is not None and any(x is not None for x in (args.task, args.window, args.stride, args.lengths)):
+        raise DataError(
+            "Option --articles goes with neither --task nor --window nor --stride nor --lengths; leave one of them out."
+        )
+    if args.articles is None and (args.beside is not None or args.keep_marks):
+        raise DataError("Options --beside and --keep-marks need --articles.")
     if args.task is not None:
         _run_task(args)
+        return
+    if args.articles is not None:
+        _run_articles(args)
         return
     if args.lengths is not None:
         _run_lengths(args)
@@ -145,6 +159,51 @@ def _run_lengths(args: argparse.Namespace) -> None:
         shown = target.with_suffix(".html")
         files.write_text(shown, page(name, f'<p class="lead">{lead}</p>', sections))
         print(f"written to {target} and {shown}")
+
+
+def _run_articles(args: argparse.Namespace) -> None:
+    from ssm_jax.evaluation.article_table import article_table
+    from ssm_jax.evaluation.articles import StoredArticles, evaluate_articles, parse_contexts, readable_contexts
+    from ssm_jax.evaluation.split import require_vocabulary
+    from train.progress import Progress
+
+    contexts = parse_contexts(args.articles)
+    model, params, tokenizer, dataset, result = _load(args)
+    sources = [(args.model, model, params)]
+    sources += [(args.beside, *_load_beside(args, tokenizer))] if args.beside is not None else []
+    for _, model, _ in sources:
+        require_vocabulary(model, dataset)
+        readable_contexts(model, contexts)
+    options = ["_".join(map(str, contexts))]
+    options += [f"beside_{Path(args.beside).resolve().name}"] if args.beside is not None else []
+    options += ["marks"] if args.keep_marks else []
+    name, targets = _name_of_scores("articles", args, dataset.path, options), []
+    result |= {"marks": args.keep_marks, "models": []}
+    for path, model, params in sources:
+        started = time.perf_counter()
+        articles = StoredArticles(dataset, args.keep_marks)
+        found = evaluate_articles(model, params, articles, contexts, lanes=args.batch_size, report=Progress(path))
+        result["models"].append({"model": path, **found, "seconds": time.perf_counter() - started})
+        targets = _write(args, name, result)
+    marks = "with" if args.keep_marks else "without"
+    print(f"{result['split']} split of {result['data']}, articles {marks} end-of-text marks")
+    print(article_table(result["models"]))
+    for target in targets:
+        print(f"written to {target}")
+
+
+def _load_beside(args: argparse.Namespace, tokenizer: "Tokenizer") -> "tuple[LanguageModel, Params]":
+    """The second model, which must read the same tokens."""
+    from train.source import load
+
+    model, params, other = load(args.beside, args.dtype)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"Model {args.beside} has another tokenizer than {args.model}, so the same articles are other tokens and their losses "
+            "cannot be compared. Train on data prepared with that model's tokenizer (train.prepare_data --tokenizer "
+            f"{args.beside}); or score each on data of its own and compare bits per byte, without --articles."
+        )
+    return model, params
 
 
 def _run_task(args: argparse.Namespace) -> None:
@@ -259,6 +318,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N,...",
         help="after MODEL: score the same targets at these lengths of context, each a divisor of the last; auto, or nothing: the "
         "length of the training rows times 1, 2, 4, ... 64, as far as the documents reach",
+    )
+    add(
+        "--articles",
+        metavar="N,N,...",
+        help="after MODEL: score articles in windows of N tokens that start every N/2, as BakaLLM does; N is even",
+    )
+    add(
+        "--beside",
+        metavar="FOLDER",
+        help="with --articles: score this model too, on the same articles; it has the same tokenizer",
+    )
+    add(
+        "--keep-marks",
+        action="store_true",
+        help="with --articles: keep the end-of-text marks around each article (BakaLLM's have none)",
     )
     add("--json", metavar="FILE", help="write the scores there too")
     add("--no-baseline", action="store_true", help=f"leave out the order-{ORDER} byte model")

@@ -68,22 +68,27 @@ def evaluate(
 
 
 def token_losses(
-    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], carry: bool = False
+    model: LanguageModel,
+    params: Params,
+    batches: Iterable[Mapping[str, Any]],
+    carry: bool = False,
+    capacity: int | None = None,
 ) -> Iterator[tuple[Float[Array, "B L"], Mapping[str, Any]]]:
     """-log p(target) of every place of every batch, beside the batch; what has no weight or is absent has a meaningless one.
 
     ``carry``: each batch goes on from the state of the one before (a position 0 clears its lane); else every row starts afresh.
+    ``capacity``: of the carried state, see ``init_state``.
     """
-    return _one_late(_scored(model, params, batches, carry))
+    return _one_late(_scored(model, params, batches, carry, capacity))
 
 
 def _scored(
-    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], carry: bool
+    model: LanguageModel, params: Params, batches: Iterable[Mapping[str, Any]], carry: bool, capacity: int | None
 ) -> Iterator[tuple[Array, Mapping[str, Any]]]:
     state = None
     for batch in batches:
         if carry and state is None:
-            state = model.init_state(len(batch["tokens"]))
+            state = model.init_state(len(batch["tokens"]), capacity)
         nll_BL, state = _token_nll(model, params, *_inputs(batch), state)
         state = state if carry else None
         yield nll_BL, batch

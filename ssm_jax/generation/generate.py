@@ -68,7 +68,7 @@ def generate(
         GenerationError: a prompt that is empty or holds a token outside the vocabulary, a setting out of range, or no key;
             a prompt that with ``max_new_tokens`` exceeds the model's context, where that is limited; logits that are not numbers.
     """
-    check_decodes(model)
+    check_decodes(model, window)
     rows = check_prompts(prompts, model.config.vocab_size)
     check_window(model, window)
     check_room(
@@ -97,8 +97,13 @@ def require_tokens(tokens_BT: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B 
     return tokens_BT
 
 
-def check_decodes(model: LanguageModel) -> None:
-    """Raises GenerationError for a model that needs a whole sequence at once."""
+def check_decodes(model: LanguageModel, window: int | None = None) -> None:
+    """Raises GenerationError for a model that needs a whole sequence at once; with a window it has one, in chunks."""
+    if window is None and getattr(model.config, "chunk_boundary", "stream") == "call":
+        raise GenerationError(
+            "chunk_boundary is 'call': every call closes a chunk, and each new token would be one. Build or load the "
+            "model with chunk_boundary='stream' (the weights are the same), or give window= to read the last tokens anew each time."
+        )
     normaliser = getattr(model.config, "score_normaliser", None)
     if normaliser is not None:
         raise GenerationError(

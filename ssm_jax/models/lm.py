@@ -14,7 +14,7 @@ from ssm_jax.nn import positions as positions_lib
 from ssm_jax.nn.block import scan_layers
 from ssm_jax.nn.dense import enter, leave
 from ssm_jax.nn.state import LMState, stack_layers
-from ssm_jax.typing import Activations, Params, Positions, Tokens
+from ssm_jax.typing import Activations, Params, Positions, PyTree, Tokens
 
 _float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -120,10 +120,11 @@ class LanguageModel(nn.Module):
         return self._finished(h_BLD), LMState(layers=layer_states, position=position_B)
 
     @nn.nowrap  # the layer made here is no part of this module
-    def features_of_layers(
-        self, tokens: Tokens, state: LMState, layers: tuple[Params, ...]
-    ) -> tuple[Activations, LMState]:
-        """``features`` with the parameters, and the state, of each repetition of the layer held apart. For decoding."""
+    def features_of_layers(self, tokens: Tokens, state: LMState, layers: PyTree) -> tuple[Activations, LMState]:
+        """``features`` with the parameters, and the state, of each repetition of the layer held apart. For decoding.
+
+        ``layers``: a tuple; where they are a ``ChunkedStack``, what belongs to no layer, and the tuple.
+        """
         family = registry.family_of(self.config)
         layer: Any = family.layer(self.config)
         h_BLD, position_B = self._embedded(tokens, state, None)

@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from ssm_jax import config as config_lib
 from ssm_jax.errors import ConfigError
 from ssm_jax.models import baka, dense_mamba, dense_retnet, gpt2, gpt_neox, gss, llama, mamba, mamba2, retnet
-from ssm_jax.models.common import layer_norm, rms_norm
+from ssm_jax.models.common import layer_norm, rms_norm, round_up
 from ssm_jax.nn import initializers
 from ssm_jax.typing import Params
 
@@ -165,6 +165,11 @@ def make_config(name: str, **fields: Any) -> Any:
 def context_limit(config: Any) -> int | None:
     """The most tokens of a document that a model with this config can read; None where there is no such limit."""
     return family_of(config).context_limit(config)
+
+
+def whole_chunks(config: Any, tokens: int) -> int:
+    """The least number of whole chunks' tokens that is not below ``tokens``; ``tokens`` itself where nothing is read in chunks."""
+    return round_up(tokens, family_of(config).chunk(config))
 
 
 def config_of(family: Family, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Any:

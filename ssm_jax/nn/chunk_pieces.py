@@ -16,7 +16,9 @@ from ssm_jax.typing import Activations, Lengths, PyTree
 
 Run = Callable[[Activations, PyTree, Slots], tuple[Activations, PyTree]]
 """All layers over the slots of one chunk: (h_BTD, states, slots) -> (h_BTD, states)."""
-Reading = tuple[Activations, Lengths, ChunkedState]
+_Tokens = Float[Array, "B C D"]
+_Slots = Float[Array, "B T D"]
+Reading = tuple[_Tokens, Lengths, ChunkedState]
 """The next tokens of each lane's chunk, how many there are, and the state before them."""
 Read = Callable[[Run, Any], Any]
 """What is done with layers and an argument."""
@@ -42,7 +44,7 @@ class Reader(NamedTuple):
     pause_D: Float[Array, "D"] | None
     memory_RD: Float[Array, "R D"] | None
 
-    def piece(self, run: Run, reading: Reading, *, slots: int, from_start: bool) -> tuple[Activations, ChunkedState]:
+    def piece(self, run: Run, reading: Reading, *, slots: int, from_start: bool) -> tuple[_Tokens, ChunkedState]:
         """Reads tokens of one chunk in every lane that has any; (last residual stream of each token, state).
 
         ``slots``, ``from_start``: see ``lay_out``.
@@ -55,7 +57,7 @@ class Reader(NamedTuple):
         out_BCD = jnp.take_along_axis(h_BTD, where.out_BC[..., None], axis=1)
         return out_BCD, ChunkedState(layers, state.position + tokens_B, memory, head)
 
-    def _filled(self, h_BCD: Activations, state: ChunkedState, where: Slots) -> Activations:
+    def _filled(self, h_BCD: _Tokens, state: ChunkedState, where: Slots) -> _Slots:
         """What stands in each slot; zeros where there is none."""
         h_BTD = jnp.take_along_axis(h_BCD, where.token_BT[..., None], axis=1)
         if self.pause_D is not None:
@@ -67,7 +69,7 @@ class Reader(NamedTuple):
             h_BTD = jnp.where((where.read_BT | where.write_BT)[..., None], rows_BTD, h_BTD)
         return jnp.where(where.present_BT[..., None], h_BTD, 0)
 
-    def _memory_after(self, h_BTD: Activations, state: ChunkedState, where: Slots) -> tuple[Any, Any]:
+    def _memory_after(self, h_BTD: _Slots, state: ChunkedState, where: Slots) -> tuple[Any, Any]:
         if self.memory_RD is None:
             return None, None
         rows_R = jnp.arange(self.shape.memory)
@@ -138,9 +140,7 @@ class Reader(NamedTuple):
         count = -(-length // columns)
         whole = functools.partial(self.piece, slots=self.shape.slots_for(columns), from_start=True)
 
-        def read(
-            flow: Flow, state: ChunkedState, inputs: tuple[Activations, Lengths]
-        ) -> tuple[ChunkedState, Activations]:
+        def read(flow: Flow, state: ChunkedState, inputs: tuple[_Tokens, Lengths]) -> tuple[ChunkedState, _Tokens]:
             reading = (*inputs, state)
             if always:
                 out_BCD, state = whole(flow.run, reading)
@@ -158,7 +158,7 @@ class Reader(NamedTuple):
         return jnp.moveaxis(out_MBCD, 0, 1).reshape(batch, count * columns, width)[:, :length], state
 
 
-def _nothing(run: Run, reading: Reading) -> tuple[Activations, ChunkedState]:
+def _nothing(run: Run, reading: Reading) -> tuple[_Tokens, ChunkedState]:
     h_BCD, _, state = reading
     return h_BCD, state
 

@@ -21,7 +21,7 @@ def geometric_to_end(width: int, base: float) -> Frequencies:
 
 def rotate(
     x_BLHP: Float[Array, "B L H P"],
-    position_BL: Int[Array, "#B L"],
+    position_BL: Int[Array, "#B #L"],
     frequencies: Frequencies,
     *,
     interleaved: bool = False,
@@ -29,7 +29,8 @@ def rotate(
     """Turns each pair (x_i, x_{i + N}), i < N, by the angle position * frequency_i; in float32, returned in x's dtype.
 
     N is the number of frequencies; where a head has more than 2 N entries, those behind stay as they are.
-    ``interleaved``: the pairs are (x_{2i}, x_{2i + 1}). Angles are within 1e-6 rad at every int32 position that is not negative.
+    ``interleaved``: the pairs are (x_{2i}, x_{2i + 1}). Angles are within 1e-6 rad at every int32 position; one of size 1 along an axis
+    is that of all.
     """
     angle_BLN = _angles(position_BL, frequencies)
     cos_BL1N, sin_BL1N = jnp.cos(angle_BLN)[:, :, None], jnp.sin(angle_BLN)[:, :, None]
@@ -42,7 +43,7 @@ def rotate(
     return jnp.concatenate([joined, x_BLHP[..., width:]], axis=-1) if width < x_BLHP.shape[-1] else joined
 
 
-def _angles(position_BL: Int[Array, "#B L"], frequencies: Frequencies) -> Float[Array, "#B L N"]:
+def _angles(position_BL: Int[Array, "#B #L"], frequencies: Frequencies) -> Float[Array, "#B #L N"]:
     """position * frequency modulo 2 pi, in [-pi, pi).
 
     Turns are counted in units of 2^-32, so that the product with an integer wraps where a turn is complete and loses nothing; a

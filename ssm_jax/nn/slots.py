@@ -71,7 +71,7 @@ class Slots(NamedTuple):
     length_B: slots of the whole chunk once it is closed. fresh_B: whether it is a lane's first chunk.
     closed_B: whether the chunk ends with the last slot. read_BT, pause_BT, write_BT: what stands where; elsewhere a token.
     row_BT: which row of the memory. token_BT: which of the call's tokens of this chunk.
-    out_BC: at which slot the n-th of these tokens stands.
+    out_BC: at which slot the n-th of these tokens stands. may_close: whether any chunk could end here, known before any value is.
     """
 
     place_BT: Int[Array, "B T"]
@@ -87,6 +87,7 @@ class Slots(NamedTuple):
     row_BT: Int[Array, "B T"]
     token_BT: Int[Array, "B T"]
     out_BC: Int[Array, "B C"]
+    may_close: bool
 
     @property
     def present_BT(self) -> Bool[Array, "B T"]:
@@ -148,4 +149,5 @@ def lay_out(
         row_BT=jnp.clip(row_BT, 0, max(shape.memory - 1, 0)),
         token_BT=jnp.clip(token_BT, 0, capacity - 1),
         out_BC=jnp.clip(out_BC, 0, slots - 1),
+        may_close=slots > shape.memory,
     )

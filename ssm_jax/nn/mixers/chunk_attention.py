@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
 from ssm_jax.nn import initializers
+from ssm_jax.nn.key_cache import write_token
 from ssm_jax.nn.rotary import geometric, rotate
 from ssm_jax.nn.slots import Slots
 from ssm_jax.nn.state import ChunkAttentionState
@@ -100,12 +101,13 @@ class ChunkAttention(nn.Module):
         """The open chunk's keys or values with the new ones at their places."""
         new_BHTP = jnp.swapaxes(new_BTHP, 1, 2).astype(old_BHSP.dtype)
         place_S, count = jnp.arange(self.places), new_BHTP.shape[2]
+        if slots.start_B is not None and count == 1:
+            row_B = jnp.where(slots.present_BT[:, 0], slots.place_BT[:, 0], self.places)
+            return write_token(old_BHSP, new_BHTP[:, :, 0], row_B)
         start_B1 = jnp.zeros((1, 1), jnp.int32) if slots.start_B is None else slots.start_B[:, None]
         is_new_BS = (place_S >= start_B1) & (place_S < slots.end_B[:, None])
         if slots.start_B is None:
             aligned = jnp.pad(new_BHTP, ((0, 0), (0, 0), (0, max(self.places - count, 0)), (0, 0)))[:, :, : self.places]
-        elif count == 1:
-            aligned = new_BHTP
         else:
             source_BS = jnp.clip(place_S - start_B1, 0, count - 1)
             aligned = jnp.take_along_axis(new_BHTP, source_BS[:, None, :, None], axis=2)
@@ -113,7 +115,7 @@ class ChunkAttention(nn.Module):
 
     def _closed(self, state: ChunkAttentionState, slots: Slots) -> ChunkAttentionState:
         """In lanes whose chunk ends the open chunk becomes the one before."""
-        if not self.cached:
+        if not (self.cached and slots.may_close):
             return state
         frequencies = geometric(self.head_dim, self.rotary_base)
         turned = rotate(jnp.swapaxes(state.k, 1, 2), -slots.end_B[:, None], frequencies)
