@@ -96,7 +96,8 @@ def interception(
         x = args[0] if args else kwargs["inputs"]
         equation = _equation(module, args, kwargs)
         axes = _axes(module, x, equation)
-        a, b = (module.get_variable("params", "kernel" + name) for name in (A, B))
+        a: Array = module.get_variable("params", "kernel" + A)
+        b: Array = module.get_variable("params", "kernel" + B)
         _require_axes(path, module.get_variable("params", "kernel").shape, a.shape, b.shape, axes)
         report(path, axes)
         if dropout and module.has_rng("dropout"):
@@ -140,7 +141,7 @@ def _equation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[str, str, s
     if not isinstance(module, nn.Einsum):
         return None
     given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    text = (module.einsum_str if given is None else given).replace(" ", "")
+    text = str(module.einsum_str if given is None else given).replace(" ", "")
     operands, out = text.split("->")
     lhs, rhs = operands.split(",")
     return lhs, rhs, out

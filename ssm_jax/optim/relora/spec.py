@@ -121,11 +121,13 @@ class Spec:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Spec":
         """The inverse of ``to_dict``."""
-        leaves = (
-            Leaf(path, **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-            for path, fields in content["kernels"].items()
-        )
-        return cls(tuple(leaves), int(content["rank"]), float(content["alpha"]))
+
+        def leaf(path: str, fields: Mapping[str, Any]) -> Leaf:
+            shape, batch, inputs, outputs = (tuple(fields[name]) for name in ("shape", "batch", "inputs", "outputs"))
+            return Leaf(path, shape, fields["dtype"], batch, inputs, outputs)
+
+        leaves = tuple(leaf(path, fields) for path, fields in content["kernels"].items())
+        return cls(leaves, int(content["rank"]), float(content["alpha"]))
 
     def require_same(self, stored: "Spec") -> None:
         """Raises ConfigError unless ``stored``, of the state that is gone on from, is this one; the message says what differs."""

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from ssm_jax import sharding
 from ssm_jax.errors import ConfigError
 from ssm_jax.optim import relora
-from ssm_jax.optim.relora.merge import _compiled_merge, add_product
+from ssm_jax.optim.relora.blocks import add_product
+from ssm_jax.optim.relora.merge import _compiled_merge
 from tests.optim.relora import goldens
 
 STACK = relora.Kernel("kernel$", (0,), (1,), (2, 3))
