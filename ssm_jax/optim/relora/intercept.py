@@ -21,6 +21,7 @@ from ssm_jax.errors import ConfigError
 from ssm_jax.ops.products import dot_general
 from ssm_jax.optim.relora.spec import A, B, Kernel, Spec
 from ssm_jax.optim.relora.trees import flat, materialise
+from ssm_jax.typing import Params
 
 MODULES = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 """What is intercepted, subclasses included."""
@@ -29,7 +30,7 @@ _Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """A model whose ``apply`` takes the combined tree, kernels and adapters. Everything else is asked of ``model``."""
+    """A model whose ``apply`` takes the combined tree, kernels and adapters; ``config`` and all else is the model's own."""
 
     model: nn.Module
     spec: Spec
@@ -37,7 +38,7 @@ class Wrapped:
     _by_hand: dict[Any, tuple[str, ...]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """``model.apply``. Before the first call of each method the model is traced once, to see which weights it uses by hand."""
+        """``model.apply``. Before the first call of each kind the model is traced once, to see which weights it uses by hand."""
         by_hand = self.by_hand(variables, *args, method=method, **kwargs)
         params = materialise(variables["params"], self.spec, lambda leaf: leaf.path in by_hand)
         with interception(self.spec, self.dropout):
@@ -48,7 +49,8 @@ class Wrapped:
 
         Among them are those that the call does not use at all, which costs nothing.
         """
-        if method not in self._by_hand:
+        kind = _kind(method, args, kwargs)
+        if kind not in self._by_hand:
             reached: set[str] = set()
 
             def call(variables: Any) -> Any:
@@ -56,8 +58,18 @@ class Wrapped:
                     return self.model.apply(variables, *args, method=method, **kwargs)
 
             jax.eval_shape(call, variables)
-            self._by_hand[method] = tuple(leaf.path for leaf in self.spec.leaves if leaf.path not in reached)
-        return self._by_hand[method]
+            self._by_hand[kind] = tuple(leaf.path for leaf in self.spec.leaves if leaf.path not in reached)
+        return self._by_hand[kind]
+
+    def readout(self, params: Params) -> Float[Array, "D V"]:
+        """``LanguageModel.readout`` of the combined tree, should its matrix have a low-rank path too."""
+        matrix: Array = self.model.readout(materialise(params, self.spec))
+        return matrix
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(object.__getattribute__(self, "model"), name)
 
 
 def wrap(model: nn.Module, spec: Spec, dropout: float = 0.0) -> Wrapped:
@@ -134,6 +146,12 @@ def kernels(model: nn.Module, *args: Any, select: str = "", **kwargs: Any) -> tu
             batch, inputs, outputs = (tuple(axis + stack for axis in group) for group in axes)
             made.append(Kernel(f"^{re.escape(path)}$", (*range(stack), *batch), inputs, outputs))
     return tuple(made)
+
+
+def _kind(method: Any, args: tuple, kwargs: dict) -> Any:
+    """What two calls have in common that trace alike: the method, and all arguments that are no arrays."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    return method, treedef, tuple(None if hasattr(leaf, "shape") else leaf for leaf in leaves)
 
 
 def _equation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[str, str, str] | None:

@@ -133,6 +133,28 @@ def test_a_gss_hybrid() -> None:
     assert len(spec.leaves) == 4 + 4 + 2
 
 
+def test_a_head_with_a_low_rank_path() -> None:
+    """It is reached where the model applies it, and materialised where the loss multiplies with it by hand."""
+    model = ssm_jax.build("llama", **TINY, **MODELS["llama"])
+    tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, 48, jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    frozen, trainable, spec = relora.split(params, "^head/kernel$", 3, 6.0)
+    wrapped, variables = relora.wrap(model, spec), {"params": relora.combine(with_b(trainable, spec), frozen)}
+    assert wrapped.config is model.config
+
+    @jax.jit
+    def three_ways(variables: dict) -> tuple:
+        features, _ = wrapped.apply(variables, tokens, method="features")
+        logits, _ = wrapped.apply(variables, tokens)
+        return logits, features @ wrapped.readout(variables["params"]), model.apply({"params": params}, tokens)[0]
+
+    logits, by_hand, plain = three_ways(variables)
+    np.testing.assert_allclose(logits, by_hand, atol=1e-5)
+    assert np.abs(np.asarray(logits - plain)).max() > 1e-2
+    assert wrapped.by_hand(variables, tokens) == ()
+    assert wrapped.by_hand(variables, tokens, logits="none") == ("head/kernel",)
+
+
 class Zoo(nn.Module):
     """Every module that is intercepted, a subclass, a layer over two axes with a stack of its own, and a weight used by hand."""
 
