@@ -2,7 +2,8 @@
 
     python -m benchmarks.study configs/study/dense.yaml
 
-A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms`` (name -> model section), ``seeds`` and
+A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms`` (name -> model section, or a section
+with the keys ``model``; ``run``, what this arm changes in the run; ``from``, an earlier arm with whose weights it begins), ``seeds`` and
 ``pairs`` of arms to compare. Every finished run is one line of ``output``/results.jsonl; a study that is started again leaves
 those out, and refuses lines of other configs. Arms of a pair must not differ in parameters by more than 2 %. The same seed means
 the same rows in the same order for every arm, so differences are taken seed by seed.
@@ -31,9 +32,9 @@ def main() -> None:
     results = output / "results.jsonl"
     check(study, read(results), results)
     for seed in study["seeds"]:
-        for arm, model in study["arms"].items():
+        for arm in study["arms"]:
             if not any((line["arm"], line["seed"]) == (arm, seed) for line in read(results)):
-                scores = train(study, model, output / f"{arm}-{seed}", seed)
+                scores = train(study, arm, output, seed)
                 line = {"arm": arm, "seed": seed, "of": fingerprint(study, arm), **scores}
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -43,13 +44,51 @@ def main() -> None:
 
 def fingerprint(study: dict[str, Any], arm: str) -> str:
     """What tells the runs of one config from those of another."""
-    return hashlib.sha256(json.dumps([study["run"], study["arms"][arm]], sort_keys=True).encode()).hexdigest()[:16]
+    content = [study["run"], study["arms"][arm]]
+    source = source_of(study, arm)
+    content += [] if source is None else [fingerprint(study, source)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_of(study: dict[str, Any], arm: str) -> str | None:
+    """The arm with whose weights this one begins."""
+    source: str | None = study["arms"][arm].get("from")
+    return source
+
+
+def run_of(study: dict[str, Any], arm: str, output: Path, seed: int) -> dict[str, Any]:
+    """The run config of one arm with one seed."""
+    section = study["arms"][arm]
+    nested = bool({"model", "run", "from"} & set(section))
+    run = merged(study["run"], section.get("run", {}) if nested else {})
+    run |= {
+        "output": str(output / f"{arm}-{seed}"),
+        "model": section.get("model", {}) if nested else section,
+        "seed": seed,
+    }
+    run["data"] = {**run["data"], "seed": seed}
+    source = source_of(study, arm)
+    return run if source is None else {**run, "init_from": str(output / f"{source}-{seed}")}
+
+
+def merged(whole: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``whole`` with what ``changes`` says in its place, section by section."""
+    result = dict(whole)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(whole.get(key), dict)
+        result[key] = merged(whole[key], value) if deeper else value
+    return result
 
 
 def check(study: dict[str, Any], lines: list[dict[str, Any]], results: Path) -> None:
     """Before anything is trained. Raises ValueError: a pair of arms that are not there, finished runs of another config."""
     for arm in {arm for pair in study["pairs"] for arm in pair} - set(study["arms"]):
         raise ValueError(f"pairs name the arm {arm!r}; the arms are {', '.join(study['arms'])}")
+    names = list(study["arms"])
+    for number, arm in enumerate(names):
+        source = source_of(study, arm)
+        if source is not None and source not in names[:number]:
+            raise ValueError(f"the arm {arm!r} begins with the weights of {source!r}; put that arm before it")
     for line in lines:
         if line["arm"] in study["arms"] and line["of"] != fingerprint(study, line["arm"]):
             raise ValueError(
@@ -70,11 +109,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def train(study: dict[str, Any], model: dict[str, Any], output: Path, seed: int) -> dict[str, float]:
+def train(study: dict[str, Any], arm: str, folder: Path, seed: int) -> dict[str, float]:
     """Trains one arm with one seed, and returns its last scores."""
+    run = run_of(study, arm, folder, seed)
+    output = Path(run["output"])
     config = output.with_suffix(".yaml")
-    run = {**study["run"], "output": str(output), "model": model, "seed": seed}
-    run["data"] = {**run["data"], "seed": seed}
     config.write_text(yaml.safe_dump(run))
     subprocess.run([sys.executable, "-m", "train.pretrain", "--config", str(config)], check=True)
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

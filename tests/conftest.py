@@ -11,14 +11,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Small programs spend their time in the compiler: without its last optimisations the suite takes less than half as long. The
 # older of two emitters of fused loops compiles twice as fast; later versions of jaxlib have no other than the slow one, and stop
 # at a flag that they do not know.
-OLDER_EMITTER = ("--xla_cpu_use_fusion_emitters=false",)
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
-        *(OLDER_EMITTER if importlib.metadata.version("jaxlib").startswith("0.10.") else ()),
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
         os.environ.get("XLA_FLAGS", ""),
     )
 )

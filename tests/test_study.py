@@ -19,10 +19,12 @@ STUDIES = sorted((Path(__file__).parents[1] / "configs" / "study").glob("*.yaml"
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_compare_models_of_one_size(path: Path) -> None:
     study = yaml.safe_load(path.read_text())
-    from_dict(RunConfig, {**study["run"], "output": "runs/x", "model": {}}, "")
+    study_lib.check(study, [], Path("none"))
+    runs = {arm: study_lib.run_of(study, arm, Path("runs"), 0) for arm in study["arms"]}
+    for run in runs.values():
+        from_dict(RunConfig, run, "")
     sizes = {
-        arm: ssm_jax.count_parameters(config_from_dict({"vocab_size": 257, **model}))
-        for arm, model in study["arms"].items()
+        arm: ssm_jax.count_parameters(config_from_dict({"vocab_size": 257, **_model(study, runs, arm)})) for arm in runs
     }
     assert len(study["seeds"]) >= 3
     for one, other in study["pairs"]:
@@ -30,6 +32,37 @@ def test_shipped_studies_compare_models_of_one_size(path: Path) -> None:
     header = path.read_text().split("\noutput:")[0]
     assert f"benchmarks.study configs/study/{path.name}" in header
     assert "# Expected:" in header
+
+
+def _model(study: dict[str, Any], runs: dict[str, Any], arm: str) -> dict[str, Any]:
+    """The model section of an arm, or of the one with whose weights it begins."""
+    source = study_lib.source_of(study, arm)
+    model: dict[str, Any] = runs[arm]["model"] if source is None else _model(study, runs, source)
+    return model
+
+
+def test_arms_change_the_run_and_begin_with_each_other(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {
+        "plain": {"family": "mamba"},
+        "longer": {"model": {"family": "mamba"}, "run": {"train": {"steps": 9}, "optim": {"lr": 1.0}}},
+        "tuned": {"from": "plain", "run": {"data": {"joined": True}}},
+    }
+    study = {"run": {"data": {"path": "x"}, "train": {"steps": 3, "epochs": None}}, "arms": arms, "pairs": []}
+    plain, longer, tuned = (study_lib.run_of(study, arm, tmp_path, 1) for arm in arms)
+    assert plain == {
+        "data": {"path": "x", "seed": 1},
+        "train": {"steps": 3, "epochs": None},
+        "output": str(tmp_path / "plain-1"),
+        "model": {"family": "mamba"},
+        "seed": 1,
+    }
+    assert (longer["train"], longer["optim"]) == ({"steps": 9, "epochs": None}, {"lr": 1.0})
+    assert (tuned["model"], tuned["init_from"]) == ({}, str(tmp_path / "plain-1"))
+    assert tuned["data"] == {"path": "x", "joined": True, "seed": 1}
+    before = study_lib.fingerprint(study, "tuned")
+    assert study_lib.fingerprint({**study, "arms": arms | {"plain": {"family": "mamba2"}}}, "tuned") != before
+    with pytest.raises(ValueError, match="'tuned' begins with the weights of 'plain'; put that arm before it"):
+        study_lib.check({**study, "arms": dict(reversed(arms.items()))}, [], tmp_path)
 
 
 def line(arm: str, seed: int, score: float, parameters: int = 1000) -> dict[str, Any]:
@@ -52,8 +85,8 @@ def test_pairs_of_different_sizes_are_refused() -> None:
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def train(study: Any, model: Any, output: Path, seed: int) -> dict[str, Any]:
-        trained.append(output.name)
+    def train(study: Any, arm: str, output: Path, seed: int) -> dict[str, Any]:
+        trained.append(f"{arm}-{seed}")
         return {key: value for key, value in line("", 0, 2.0).items() if key not in ("arm", "seed")}
 
     monkeypatch.setattr(study_lib, "train", train)
@@ -81,9 +114,9 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 def test_unequal_arms_stop_a_study_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def train(study: Any, model: Any, output: Path, seed: int) -> dict[str, Any]:
-        trained.append(output.name)
-        return {"bits_per_byte": 2.0, "tokens_per_s": 10.0, "parameters": model["size"]}
+    def train(study: Any, arm: str, output: Path, seed: int) -> dict[str, Any]:
+        trained.append(f"{arm}-{seed}")
+        return {"bits_per_byte": 2.0, "tokens_per_s": 10.0, "parameters": study["arms"][arm]["size"]}
 
     monkeypatch.setattr(study_lib, "train", train)
     content = {"output": str(tmp_path / "out"), "seeds": [0, 1], "pairs": [["a", "b"]], "run": {}}

@@ -53,6 +53,7 @@ def run(argv: Sequence[str]) -> None:
     from ssm_jax.evaluation import evaluate_baseline, evaluate_documents, evaluate_split
     from ssm_jax.evaluation.lengths import context_limit
     from ssm_jax.evaluation.split import windows_of
+    from ssm_jax.models.registry import restarts_within_calls
 
     if args.task is None and args.file is not None:
         raise DataError("Option --file needs --task lambada.")
@@ -81,9 +82,9 @@ def run(argv: Sequence[str]) -> None:
     if windows is not None:
         result["sliding"] = windows._asdict()
     result["model"] = evaluate_documents(model, params, dataset, args.batch_size, *(windows or ()))
-    fits = limit is None or dataset.seq_len <= limit
+    joined = bool(_data_config(Path(args.model)).get("joined"))
+    fits = (limit is None or dataset.seq_len <= limit) and (joined or restarts_within_calls(model.config))
     if args.stride is None and dataset.manifest.form == "rows" and fits:
-        joined = bool(_data_config(Path(args.model)).get("joined"))
         result |= {"joined": True} if joined else {}
         result["rows"] = evaluate_split(model, params, dataset, args.batch_size, joined)
     result["seconds"] = time.perf_counter() - started

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 
 from ssm_jax import distributed
@@ -81,7 +82,7 @@ def write_folder(folder: Path, items: Mapping[str, PyTree], info: Mapping[str, A
             raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
     def write_arrays() -> None:
-        ocp.save_checkpointables((partial / _ARRAYS).absolute(), dict(items))
+        ocp.save_checkpointables((partial / _ARRAYS).absolute(), _without_empty(dict(items)))
 
     def finish() -> None:
         (partial / _INFO).write_text(yaml.safe_dump(dict(info), sort_keys=False), encoding="utf-8")
@@ -122,7 +123,8 @@ def restore(folder: str | Path, abstract: Mapping[str, PyTree]) -> tuple[dict[st
     for name, tree in abstract.items():
         _require_fit(folder, name, _describe(tree), content["arrays"].get(name, {}))
     try:
-        items = ocp.load_checkpointables((folder / _ARRAYS).absolute(), dict(abstract))
+        items = ocp.load_checkpointables((folder / _ARRAYS).absolute(), _without_empty(dict(abstract)))
+        items = jax.tree.map(_or_empty, dict(abstract), items)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"Checkpoint {folder} cannot be read ({reason}); use another step.") from error
@@ -200,6 +202,18 @@ def _describe(tree: PyTree) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in leaves
     }
+
+
+def _without_empty(tree: PyTree) -> PyTree:
+    """Arrays without elements are no arrays to Orbax; they are told by the manifest and made again."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _or_empty(wanted: Any, found: Any) -> jax.Array:
+    if wanted.size:
+        return found
+    part = np.zeros(wanted.sharding.shard_shape(wanted.shape), wanted.dtype)
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda _: part)
 
 
 def _require_fit(folder: Path, item: str, wanted: Mapping[str, str], stored: Mapping[str, str]) -> None:

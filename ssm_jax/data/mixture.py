@@ -12,10 +12,12 @@ from ssm_jax.errors import DataError
 
 @dataclass(frozen=True)
 class Mixture:
-    """The same split of several corpora, which agree on tokenizer and row length. ``weights``: shares of the rows."""
+    """The same split of several corpora, which agree on tokenizer and row length. ``weights``: shares of the rows. ``window``: what
+    lanes read at a time, where the data is whole documents."""
 
     datasets: tuple[PackedDataset, ...]
     weights: tuple[float, ...]
+    window: int | None = None
 
     @property
     def path(self) -> Path:
@@ -24,7 +26,8 @@ class Mixture:
 
     @property
     def seq_len(self) -> int:
-        return self.datasets[0].seq_len
+        """Tokens in a row of a batch."""
+        return self.datasets[0].seq_len if self.window is None else self.window
 
     @property
     def vocab_size(self) -> int:
@@ -40,16 +43,25 @@ class Mixture:
         return sum(dataset.rows for dataset in self.datasets)
 
 
-def open_mixture(corpora: Sequence[tuple[str, float]], split: str = "train") -> Mixture:
-    """The ``split`` of each corpus, given its folder and weight.
+def open_mixture(corpora: Sequence[tuple[str, float]], split: str = "train", window: int | None = None) -> Mixture:
+    """The ``split`` of each corpus, given its folder and weight: rows, or with a ``window`` documents for lanes.
 
     Raises:
-        DataError: see ``open_dataset``; data prepared as documents; corpora with another tokenizer or other rows than the first.
+        DataError: see ``open_dataset``; data prepared in the other form; corpora with another tokenizer or other rows than the
+            first.
     """
     datasets = tuple(open_dataset(path, split) for path, _ in corpora)
     first = datasets[0].manifest
-    if first.form != "rows":
-        raise DataError(f"Data {datasets[0].path} was prepared as {first.form}; prepare rows with --form rows.")
+    if first.form != "rows" and window is None:
+        raise DataError(
+            f"Data {datasets[0].path} was prepared as {first.form}; prepare rows with --form rows, or set data.lanes.window to "
+            "read whole articles in lanes."
+        )
+    if first.form != "documents" and window is not None:
+        raise DataError(
+            f"Data {datasets[0].path} was prepared as {first.form}, and data.lanes reads whole articles; prepare it with --form "
+            "documents, or set data.lanes=null."
+        )
     for dataset in datasets[1:]:
         manifest = dataset.manifest
         if manifest.tokenizer.get("fingerprint") != first.tokenizer.get("fingerprint"):
@@ -62,13 +74,13 @@ def open_mixture(corpora: Sequence[tuple[str, float]], split: str = "train") -> 
                 f"{first.seq_len}; prepare one of them again."
             )
     total = sum(weight for _, weight in corpora)
-    return Mixture(datasets, tuple(weight / total for _, weight in corpora))
+    return Mixture(datasets, tuple(weight / total for _, weight in corpora), window)
 
 
-def open_held_out(corpora: Sequence[tuple[str, float]]) -> Mixture | None:
+def open_held_out(corpora: Sequence[tuple[str, float]], window: int | None = None) -> Mixture | None:
     """The validation splits of those corpora that have one."""
     found = [(path, weight) for path, weight in corpora if "validation" in read_manifest(path).splits]
-    return open_mixture(found, "validation") if found else None
+    return open_mixture(found, "validation", window) if found else None
 
 
 def require_same_tokenizer(data: Mixture, model: str, key: str) -> None:

@@ -19,7 +19,7 @@ from ssm_jax.data.packing import PackedRow, Row, absent_row, decode_record, expa
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.errors import DataError
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 class PackedRows:
@@ -121,7 +121,7 @@ def batches(
     stop = sys.maxsize if repeat else mixture.rows
     count = max(0, stop - start_row)
     count = count // batch_size if repeat else -(-count // batch_size)
-    return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(_READ))
+    return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(READ))
 
 
 def _stream(dataset: PackedDataset, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset:

@@ -105,8 +105,8 @@ def evaluate_articles(
     Args:
         articles: token ids of each; gone through once for their lengths and once per n_ctx, so no iterator.
         contexts: the lengths n_ctx of windows.
-        lanes: windows read at once. piece: tokens read at once of each; for a family that works in chunks of its own a multiple of
-            their length. No result depends on either.
+        lanes: windows read at once. piece: tokens read at once of each, more for a family that reads longer chunks.
+            No result depends on either.
         report: is told the progress after every batch.
 
     Returns:
@@ -138,7 +138,7 @@ def evaluate_articles(
         for article in articles
         for span in spans(len(article), n_ctx)
     )
-    dealt = batches(waiting, min(lanes, windows), min(piece, max(readable)))
+    dealt = batches(waiting, min(lanes, windows), registry.whole_chunks(model.config, min(piece, max(readable))))
     tallies, read = {n_ctx: _Tally() for n_ctx in readable}, 0
     for finished, inputs in _losses(model, params, dealt, None if limit is None else max(readable)):
         for window, loss in finished:

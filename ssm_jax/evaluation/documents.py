@@ -18,12 +18,13 @@ def lanes(documents: Iterable[np.ndarray], count: int) -> list[list[np.ndarray]]
     return [lane for lane in dealt if lane]
 
 
-def endless(dealt: Sequence[Sequence[np.ndarray]], window: int) -> Iterator[Row]:
+def endless(dealt: Sequence[Sequence[np.ndarray]], window: int, aligned: bool = False) -> Iterator[Row]:
     """Batches [lanes, window] to be read in order with the state carried: each lane's documents one after the other.
 
-    A document's position 0 clears the lane, so every token sees its whole document and nothing else.
+    A document's position 0 clears the lane, so every token sees its whole document and nothing else. ``aligned``: every document
+    begins with a batch, absent places before it.
     """
-    streams = [_stream(documents) for documents in dealt]
+    streams = [_stream(documents, window if aligned else 1) for documents in dealt]
     length = max(len(stream["tokens"]) for stream in streams)
     for start in range(0, length, window):
         yield _stack([_slice(stream, start, window) for stream in streams], window)
@@ -55,7 +56,12 @@ def sliding(documents: Iterable[np.ndarray], window: int, stride: int, batch_siz
         yield _stack(rows + [absent_row(window)] * (batch_size - len(rows)), window)
 
 
-def _stream(documents: Sequence[np.ndarray]) -> Row:
+def _stream(documents: Sequence[np.ndarray], multiple: int = 1) -> Row:
+    """The documents one after another, each filled up with absent places to a multiple of so many."""
+    if multiple > 1:
+        streams = [_stream([document]) for document in documents]
+        rows = [_stack([stream], -(-len(stream["tokens"]) // multiple) * multiple) for stream in streams]
+        return {name: np.concatenate([row[name][0] for row in rows]) for name in rows[0]}
     tokens = np.concatenate(documents).astype(np.int32)
     targets = np.append(tokens[1:], 0).astype(np.int32)
     weights = np.ones(len(tokens), np.float32)

@@ -63,6 +63,11 @@ def evaluate_split(
             f"Data {dataset.path} has rows of {dataset.seq_len} tokens and the model reads at most {limit}; prepare it with "
             f"--seq-len {limit}."
         )
+    if not joined and not registry.restarts_within_calls(model.config):
+        raise DataError(
+            f"Data {dataset.path} was prepared as rows with several documents, and this model begins a document only with a call; "
+            "score whole documents (evaluate_documents), or rows as one document (joined)."
+        )
     rows = evaluation_batches(dataset, batch_size=batch_size)
     rows = map(_as_one_document, rows) if joined else rows
     return evaluate(model, params, rows, dataset.split.text_bytes)
@@ -96,7 +101,9 @@ def evaluate_documents(
     windows = windows_of(model, window, stride)
     found = list(stored_documents(dataset))
     if windows is None:
-        batches = documents.endless(documents.lanes(found, batch_size), window)
+        aligned = not registry.restarts_within_calls(model.config)
+        window = registry.whole_chunks(model.config, window)
+        batches = documents.endless(documents.lanes(found, batch_size), window, aligned)
         return evaluate(model, params, batches, dataset.split.text_bytes, carry=True)
     batches = documents.sliding(found, *windows, batch_size)
     return evaluate(model, params, batches, dataset.split.text_bytes)

@@ -7,7 +7,7 @@ from jaxtyping import Float32, Int32, Integer
 
 from ssm_jax.data.packing import Row
 from ssm_jax.evaluation.perplexity import token_losses
-from ssm_jax.models import LanguageModel
+from ssm_jax.models import LanguageModel, registry
 from ssm_jax.typing import Params
 
 PIECE = 1024
@@ -39,7 +39,7 @@ def window_losses(
     """
     tokens, targets = (x.reshape(-1, length) for x in (stretches[:, :-1], stretches[:, 1:]))
     pieces = -(-length // piece)
-    width = -(-length // pieces)
+    width = min(length, registry.whole_chunks(model.config, -(-length // pieces)))
     rows = min(len(tokens), batch_size * max(1, piece // length))
     places = [(first, start) for first in range(0, len(tokens), rows) for start in range(0, length, width)]
     losses = np.empty(tokens.shape, np.float32)

@@ -167,6 +167,11 @@ def context_limit(config: Any) -> int | None:
     return family_of(config).context_limit(config)
 
 
+def restarts_within_calls(config: Any) -> bool:
+    """Whether documents may begin anywhere in a row; else each begins with a call."""
+    return not family_of(config).chunked
+
+
 def whole_chunks(config: Any, tokens: int) -> int:
     """The least number of whole chunks' tokens that is not below ``tokens``; ``tokens`` itself where nothing is read in chunks."""
     return round_up(tokens, family_of(config).chunk(config))

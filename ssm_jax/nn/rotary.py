@@ -29,8 +29,7 @@ def rotate(
     """Turns each pair (x_i, x_{i + N}), i < N, by the angle position * frequency_i; in float32, returned in x's dtype.
 
     N is the number of frequencies; where a head has more than 2 N entries, those behind stay as they are.
-    ``interleaved``: the pairs are (x_{2i}, x_{2i + 1}). Angles are within 1e-6 rad at every int32 position; one of size 1 along an axis
-    is that of all.
+    ``interleaved``: the pairs are (x_{2i}, x_{2i + 1}). Angles are within 1e-6 rad at every int32 position.
     """
     angle_BLN = _angles(position_BL, frequencies)
     cos_BL1N, sin_BL1N = jnp.cos(angle_BLN)[:, :, None], jnp.sin(angle_BLN)[:, :, None]

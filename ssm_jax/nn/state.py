@@ -4,7 +4,7 @@ A mixer state is a frozen dataclass with a class attribute ``AXES`` that names t
 another state; its axes are then prefixed. States carry no context: their size does not depend on how much was read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -198,17 +198,26 @@ def take_lanes(state: S, lanes: Sequence[int] | Int[Array, "lanes"]) -> S:
     """
     index = jnp.asarray(lanes, dtype=jnp.int32)
 
-    def take(axes: Axes, leaf: Array) -> Array:
-        count = leaf.shape[axes.index("batch")]
+    def take(axis: int, leaf: Any) -> Array:
+        count = leaf.shape[axis]
         if (
             not isinstance(index, jax.core.Tracer)
             and index.size
             and not (-count <= index.min() and index.max() < count)
         ):
             raise IndexError(f"take_lanes: lanes {index.tolist()} of a state with {count} lane(s)")
-        return jnp.take(leaf, index, axis=axes.index("batch"))
+        return jnp.take(leaf, index, axis=axis)
 
-    return jax.tree.map(take, logical_axes(state), state, is_leaf=lambda node: _is_axes(node))
+    return map_lanes(take, state)
+
+
+def map_lanes(function: Callable[..., Any], state: S, *others: S) -> S:
+    """``function(axis, leaf, ...)`` for every leaf of states of one structure, ``axis`` being that of the batch lanes."""
+
+    def apply(axes: Axes, *leaves: Any) -> Any:
+        return function(axes.index("batch"), *leaves)
+
+    return jax.tree.map(apply, logical_axes(state), state, *others, is_leaf=_is_axes)
 
 
 def clear_lanes(state: S, which_B: Bool[Array, "B"]) -> S:

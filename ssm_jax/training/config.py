@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssm_jax.config import apply_overrides, from_dict, read_yaml
+from ssm_jax.data.schedule import Refill
 from ssm_jax.errors import ConfigError
 from ssm_jax.optim import OptimConfig
 from ssm_jax.sharding import MeshConfig
@@ -31,12 +32,32 @@ class CorpusConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LanesConfig:
+    """Whole articles (data prepared with ``--form documents``) instead of rows: each of ``batch.size`` lanes reads one after
+    another.
+
+    window: tokens that a lane reads per update. refill: when a lane takes its next article, see ``data.schedule.Schedule``.
+    targets: "all", every token of an article but its first; "within_windows", as published for Baka, nor the first of a window.
+    shuffle: articles in a new order in every epoch, or in the stored one.
+    """
+
+    window: int
+    refill: Refill = "stable"
+    targets: Literal["all", "within_windows"] = "all"
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise ValueError(f"window is {self.window}; it must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Prepared data (``python -m train.prepare_data``).
 
     path: its folder. mixture: instead, several corpora with weights. seq_len: the rows' length, if you want it checked. seed: of
     the order in which rows are read. joined: read a row as one document, whatever begins in it, as many recipes do; else nothing
-    crosses a document start.
+    crosses a document start. lanes: read whole articles, not rows.
     """
 
     path: str | None = None
@@ -44,10 +65,15 @@ class DataConfig:
     seq_len: int | None = None
     seed: int = 0
     joined: bool = False
+    lanes: LanesConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.mixture):
             raise ValueError("exactly one of path and mixture must be set")
+        if self.lanes is not None and self.mixture:
+            raise ValueError("mixture and lanes are set, and lanes read one corpus; set path, or lanes=null")
+        if self.lanes is not None and self.joined:
+            raise ValueError("joined and lanes are set, and a lane's window holds one article; set one of them")
 
     @property
     def corpora(self) -> tuple[CorpusConfig, ...]:
@@ -57,7 +83,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """size: rows per update, over all devices and processes. microbatches: parts that are worked on one after another."""
+    """size: rows or lanes per update, over all devices and processes. microbatches: parts that are worked on one after another."""
 
     size: int
     microbatches: int = 1
@@ -79,6 +105,8 @@ class TrainConfig:
     time_budget_s: instead, as many updates as fit into so many seconds, measured once before the first update. max_seconds: stop
     this session after so long, whatever is left; the same command goes on later.
     profile: [first, last] step of which a profiler trace is written to the run's ``profile`` folder.
+    carry_state: with ``data.lanes``, a window begins with the recurrent state that the window before it left, detached (truncated
+    back-propagation); else every window begins with an empty one.
     accept_changes: resume although model, data, optimizer, batch or seed differ from the saved run.
     """
 
@@ -87,6 +115,7 @@ class TrainConfig:
     time_budget_s: float | None = None
     max_seconds: float | None = None
     profile: tuple[int, int] | None = None
+    carry_state: bool = False
     accept_changes: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from ssm_jax.ops import linear_cross_entropy, linear_distillation
 from ssm_jax.training.config import DistillConfig
 from ssm_jax.training.losses import Batch, Objective, Sums, features, with_gradient
 from ssm_jax.training.run import Run
-from ssm_jax.typing import Key, Params
+from ssm_jax.typing import Key, Params, PyTree
 
 
 def fixed(frozen: Params, teacher: Params | None) -> Params:
@@ -38,13 +38,15 @@ def make_objective(
     """CE and KL in turn or mixed, see ``DistillConfig``; ``frozen`` is what ``fixed`` returns.
 
     The sums hold "ce" and "kl" beside "loss", with the weight of what was computed. In turn, only one of them is computed; the
-    teacher runs only for a KL that counts. The student has its dropout in both, the teacher never.
+    teacher runs only for a KL that counts. The student has its dropout in both, the teacher never. No state is carried.
     """
 
     def weighted(shares: Mapping[str, float]) -> Objective:
-        def loss_sum(trainable: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Sums]:
+        def loss_sum(
+            trainable: Params, frozen: Params, batch: Batch, key: Key
+        ) -> tuple[Float[Array, ""], tuple[Sums, PyTree]]:
             params = optim.merge(trainable, frozen["student"])
-            inputs = features(student, params, batch, key), student.readout(params)
+            inputs = features(student, params, batch, key)[0], student.readout(params)
             nothing = jnp.float32(0)
             sums: Sums = {"ce": (nothing, nothing), "kl": (nothing, nothing)}
             if "ce" in shares:
@@ -54,7 +56,7 @@ def make_objective(
             if "kl" in shares:
                 sums["kl"] = linear_distillation(
                     *inputs,
-                    features(teacher, frozen["teacher"], batch),
+                    features(teacher, frozen["teacher"], batch)[0],
                     teacher.readout(frozen["teacher"]),
                     batch["weights"],
                     temperature=config.temperature,
@@ -62,10 +64,16 @@ def make_objective(
                     batch_shards=batch_shards,
                 )
             loss = sum((share * sums[name][0] for name, share in shares.items()), start=nothing)
-            return loss, {"loss": (loss, jnp.sum(batch["weights"], dtype=jnp.float32)), **sums}
+            return loss, ({"loss": (loss, jnp.sum(batch["weights"], dtype=jnp.float32)), **sums}, None)
 
         of_batch = with_gradient(loss_sum)
-        return lambda trainable, frozen, batch, key, index: of_batch(trainable, frozen, batch, key)
+
+        def objective(
+            trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""], carry: PyTree = None
+        ) -> tuple[Sums, Params, PyTree]:
+            return of_batch(trainable, frozen, batch, key)
+
+        return objective
 
     if config.mode == "mix":
         return weighted({"ce": 1 - config.weight} | ({"kl": config.weight} if config.weight else {}))
@@ -73,9 +81,9 @@ def make_objective(
     cross_entropy, divergence = weighted({"ce": 1.0}), weighted({"kl": 1.0})
 
     def in_turn(
-        trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""]
-    ) -> tuple[Sums, Params]:
+        trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""], carry: PyTree = None
+    ) -> tuple[Sums, Params, PyTree]:
         turn = index if config.unit == "microbatch" else index // microbatches
-        return jax.lax.cond(turn % 2 == 1, divergence, cross_entropy, trainable, frozen, dict(batch), key, index)
+        return jax.lax.cond(turn % 2 == 1, divergence, cross_entropy, trainable, frozen, dict(batch), key, index, carry)
 
     return in_turn

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 
 from ssm_jax import distributed, sharding
 from ssm_jax.config import to_dict
-from ssm_jax.data.mixture import Mixture
 from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import batches
 from ssm_jax.errors import UserError
+from ssm_jax.training import carry as carry_lib
 from ssm_jax.training import distillation, saving, summary
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.config import RunConfig, interval
+from ssm_jax.training.lanes import carried_lanes, training_rows
 from ssm_jax.training.losses import seen
 from ssm_jax.training.metrics import Meter, MetricsLog, require_trackers
 from ssm_jax.training.progress import TrainingProgress
@@ -48,9 +50,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     require_trackers(config.log)
     run = run_lib.prepare(config)
     config, model, mesh = run.config, run.model, run.mesh
-    shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh)
+    lanes = carried_lanes(config)
+    shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh, lanes)
     run_lib.check_folder(run)
-    restored = saving.restore(run.folder, shapes, frozen_shapes)
+    restored = saving.restore(run.folder, shapes, frozen_shapes, saving.lanes_of(run))
     params = run_lib.initial_params(run) if restored is None else None
     teacher = load_teacher(run.teacher, mesh)
     run_lib.describe_in_folder(run)
@@ -65,14 +68,17 @@ def train(config: RunConfig) -> dict[str, Any]:
             progress.note(sharding.describe(shapes.params, mesh))
 
         if restored is not None:
-            state, frozen, meter = restored
-            total_steps = _steps(config, run.data) or int(state.total_steps)
+            state, frozen, meter, changed = restored
+            total_steps = _steps(run, meter) or int(state.total_steps)
             state = _with_total_steps(state, total_steps)
             finished = meter.step >= total_steps and summary.read(run.folder).get("steps") == meter.step
             if distributed.from_main(int(finished)):
                 progress.note(f"this run is finished, at step {meter.step}; nothing to do")
                 return summary.read(run.folder)
             progress.note(f"going on from step {meter.step} of {total_steps}")
+            if lanes is not None and state.carry is None:
+                state = dataclasses.replace(state, carry=carry_lib.empty_on(model, lanes, mesh))
+                progress.note(f"every lane begins with an empty state: {'; '.join(changed)}")
 
         compile_started = time.monotonic()
         objective = distillation.objective_of(run)
@@ -83,11 +89,12 @@ def train(config: RunConfig) -> dict[str, Any]:
         compile_s = time.monotonic() - compile_started
         progress.note(f"compiled in {compile_s:.1f} s")
         if restored is None:
-            total_steps = _steps(config, run.data) or _steps_in_budget(train_step, run, teacher, progress)
-            tables = tables_for(run.teacher, teacher)
-            state, frozen = state_lib.initialize(model, config.optim, mesh, config.seed, total_steps, params, tables)
-            params = tables = None
             meter = Meter()
+            total_steps = _steps(run, meter) or _steps_in_budget(train_step, run, teacher, progress)
+            tables = tables_for(run.teacher, teacher)
+            begin = functools.partial(state_lib.initialize, model, config.optim, mesh, config.seed, lanes=lanes)
+            state, frozen = begin(total_steps, params, tables)
+            params = tables = None
 
         evaluate = make_evaluation(run)
         every = _intervals(config, total_steps)
@@ -149,6 +156,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _rows(run: Run, start_row: int) -> Iterator[Row]:
+    if run.lanes is not None:
+        return training_rows(run.lanes, run.config, start_row // run.config.batch.size)
     rows = batches(
         run.data,
         batch_size=run.config.batch.size,
@@ -160,18 +169,23 @@ def _rows(run: Run, start_row: int) -> Iterator[Row]:
     return (seen(row, run.config.data.joined) for row in rows)
 
 
-def _steps(config: RunConfig, data: Mixture) -> int | None:
+def _steps(run: Run, meter: Meter) -> int | None:
     """The length of the run where it does not depend on the machine."""
-    if config.train.epochs is not None:
-        return max(1, math.ceil(config.train.epochs * data.rows / config.batch.size))
-    return config.train.steps
+    config = run.config
+    if config.train.epochs is None:
+        return config.train.steps
+    if run.lanes is not None:
+        # Steps of the schedule, which are those of the run as long as it has the same lanes.
+        return max(1, meter.step - meter.rows // config.batch.size + (run.lanes.schedule.steps or 0))
+    return max(1, math.ceil(config.train.epochs * run.data.rows / config.batch.size))
 
 
 def _steps_in_budget(
     train_step: jax.stages.Compiled, run: Run, teacher: Params | None, progress: TrainingProgress
 ) -> int:
     """How many steps fit into ``train.time_budget_s``, from a few timed ones on a state that is thrown away."""
-    state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1)
+    lanes = carried_lanes(run.config)
+    state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1, lanes=lanes)
     fixed, batch = distillation.fixed(frozen, teacher), sharding.put_batch(next(_rows(run, 0)), run.mesh)
     started = 0.0
     for i in range(_WARM_STEPS + _TIMED_STEPS):

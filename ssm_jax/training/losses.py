@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from ssm_jax import optim
 from ssm_jax.models import LanguageModel
 from ssm_jax.ops import linear_cross_entropy
-from ssm_jax.typing import Activations, Key, Params
+from ssm_jax.training.carry import going_on
+from ssm_jax.typing import Activations, Key, Params, PyTree
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, positions int32 and weights float32, all [B, L]; without positions a row is one document."""
@@ -17,49 +18,58 @@ Batch = Mapping[str, jax.Array]
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 """(weighted sum, weight) of "loss", which is minimised, and of whatever else is of interest; float32, they add up over batches."""
 
-Objective = Callable[[Params, Params, Batch, Key, Int[Array, ""]], tuple[Sums, Params]]
-"""``(trainable, frozen, batch, dropout key, number of the microbatch in the run) -> (sums, gradient)``, the gradient being that of
-the sum of "loss" with respect to ``trainable``."""
+Objective = Callable[[Params, Params, Batch, Key, Int[Array, ""], PyTree], tuple[Sums, Params, PyTree]]
+"""``(trainable, frozen, batch, dropout key, number of the microbatch in the run, carry) -> (sums, gradient, carry)``, the gradient
+being that of the sum of "loss" with respect to ``trainable``. ``carry``: the recurrent state before and after the batch, a
+constant; None where every row begins with an empty one."""
 
 
 def next_token_objective(model: LanguageModel, batch_shards: int = 1) -> Objective:
     """``next_token_loss`` and nothing else."""
 
     def loss_sum(
-        trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""]
-    ) -> tuple[Float[Array, ""], Sums]:
+        trainable: Params, frozen: Params, batch: Batch, key: Key, index: Int[Array, ""], carry: PyTree = None
+    ) -> tuple[Float[Array, ""], tuple[Sums, PyTree]]:
         del index
-        loss, weight = next_token_loss(model, optim.merge(trainable, frozen), batch, key, batch_shards)
-        return loss, {"loss": (loss, weight)}
+        params = optim.merge(trainable, frozen)
+        (loss, weight), carry = next_token_loss(model, params, batch, key, batch_shards, carry)
+        return loss, ({"loss": (loss, weight)}, carry)
 
     return with_gradient(loss_sum)
 
 
-def with_gradient(loss_sum: Callable[..., tuple[Array, Sums]]) -> Callable[..., tuple[Sums, Params]]:
-    """``(sums, gradient of the first result with respect to the first argument)`` of ``loss_sum``, which returns (loss, sums)."""
+def with_gradient(
+    loss_sum: Callable[..., tuple[Array, tuple[Sums, PyTree]]],
+) -> Callable[..., tuple[Sums, Params, PyTree]]:
+    """``(sums, gradient of the first result with respect to the first argument, carry)`` of ``loss_sum``, which returns
+    (loss, (sums, carry))."""
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def sums_and_gradient(*arguments: Any) -> tuple[Sums, Params]:
-        (_, sums), gradient = value_and_grad(*arguments)
-        return sums, gradient
+    def sums_and_gradient(*arguments: Any) -> tuple[Sums, Params, PyTree]:
+        (_, (sums, carry)), gradient = value_and_grad(*arguments)
+        return sums, gradient, carry
 
     return sums_and_gradient
 
 
 def next_token_loss(
-    model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None, batch_shards: int = 1
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of w_t * -log p(target_t | tokens up to t), sum of w_t), float32; nothing of size [B, L, V] is held at once.
+    model: LanguageModel,
+    params: Params,
+    batch: Batch,
+    dropout_key: Key | None = None,
+    batch_shards: int = 1,
+    carry: PyTree = None,
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], PyTree]:
+    """(sum of w_t * -log p(target_t | tokens up to t), sum of w_t), float32, and the carry; see ``features``. Nothing of size
+    [B, L, V] is held at once.
 
     Without ``dropout_key`` the model is deterministic. ``batch_shards``: over how many devices the lanes are split.
     """
-    return linear_cross_entropy(
-        features(model, params, batch, dropout_key),
-        model.readout(params),
-        batch["targets"],
-        batch["weights"],
-        batch_shards=batch_shards,
+    features_BLD, carry = features(model, params, batch, dropout_key, carry)
+    sums = linear_cross_entropy(
+        features_BLD, model.readout(params), batch["targets"], batch["weights"], batch_shards=batch_shards
     )
+    return sums, carry
 
 
 def seen(row: Mapping[str, Any], joined: bool) -> dict[str, Any]:
@@ -67,14 +77,21 @@ def seen(row: Mapping[str, Any], joined: bool) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not (joined and name == "positions")}
 
 
-def features(model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None) -> Activations:
-    """Final hidden states of a batch, every row from a fresh state."""
-    features_BLD, _ = model.apply(
+def features(
+    model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None, carry: PyTree = None
+) -> tuple[Activations, PyTree]:
+    """Final hidden states of a batch, and the state of every row after it where a ``carry`` is given that rows go on from. Without
+    one every row begins with an empty state, and None is returned."""
+    positions = batch.get("positions")
+    if carry is not None and positions is not None:
+        positions = going_on(positions, carry.position)
+    features_BLD, state = model.apply(
         {"params": params},
         batch["tokens"],
-        positions=batch.get("positions"),
+        state=carry,
+        positions=positions,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="features",
     )
-    return features_BLD
+    return features_BLD, None if carry is None else state

@@ -27,6 +27,7 @@ from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.models.registry import context_limit
 from ssm_jax.training.config import RunConfig, SampleConfig
+from ssm_jax.training.lanes import Lanes, open_lanes, require_lanes_for_carry
 from ssm_jax.training.teacher import Teacher, open_teacher
 from ssm_jax.typing import Params, PyTree
 
@@ -35,7 +36,8 @@ CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, and ``teacher``, if there are any."""
+    """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, and ``teacher``, if there are any;
+    ``lanes`` where it reads whole articles."""
 
     config: RunConfig
     folder: Path
@@ -45,6 +47,7 @@ class Run:
     tokenizer: Tokenizer
     model: LanguageModel
     teacher: Teacher | None = None
+    lanes: Lanes | None = None
 
 
 def prepare(config: RunConfig) -> Run:
@@ -53,9 +56,11 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         ShardingError, DataError, ConfigError: mesh, data or config cannot be used, or do not fit each other.
     """
+    require_lanes_for_carry(config)
     mesh = sharding.make_mesh(config.mesh)
     corpora = [(corpus.path, corpus.weight) for corpus in config.data.corpora]
-    data, held_out = open_mixture(corpora), open_held_out(corpora)
+    window = None if config.data.lanes is None else config.data.lanes.window
+    data, held_out = open_mixture(corpora, window=window), open_held_out(corpora, window)
     begun = _model_begun_with(config)
     if config.init_from is not None:
         initial = begun or _initial_model(config.init_from, data)
@@ -73,7 +78,8 @@ def prepare(config: RunConfig) -> Run:
     teacher = None if config.distill is None else open_teacher(config.distill, model, data)
     tokenizer = load_tokenizer(data.path)
     _require_room_for_samples(config.sample, model, tokenizer)
-    return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher)
+    lanes = open_lanes(config, data, held_out, context_limit(model.config))
+    return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher, lanes)
 
 
 def _require_carried_states(model: LanguageModel) -> None:
@@ -172,7 +178,7 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
 
     Raises:
         ConfigError: unknown model key, a vocabulary smaller than the data's, a batch that does not divide over the mesh.
-        DataError: rows of another length than ``data.seq_len``.
+        DataError: rows, or windows of lanes, of another length than ``data.seq_len``, or longer than the model reads.
     """
     fields = dict(config.model)
     if "preset" not in fields:
@@ -190,12 +196,21 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
             f"Config key 'model.vocab_size' is {model.vocab_size} and the data in {data.path} has {data.vocab_size} token ids; "
             f"set model.vocab_size={data.vocab_size} or prepare the data with the model's tokenizer."
         )
+    if data.window is not None and config.data.seq_len not in (None, data.window):
+        raise ConfigError(
+            f"Config key 'data.seq_len' is {config.data.seq_len} and data.lanes.window {data.window}; leave data.seq_len out."
+        )
     if config.data.seq_len not in (None, data.seq_len):
         raise DataError(
             f"Config key 'data.seq_len' is {config.data.seq_len} and the data in {data.path} has rows of {data.seq_len}; "
             f"set data.seq_len={data.seq_len} or prepare the data with --seq-len {config.data.seq_len}."
         )
     limit = context_limit(model)
+    if limit is not None and data.window is not None and data.window > limit:
+        raise ConfigError(
+            f"Config key 'data.lanes.window' is {data.window}, and the model reads at most {limit} tokens; set "
+            f"data.lanes.window={limit}, or model.n_positions={data.window} for a new model."
+        )
     if limit is not None and data.seq_len > limit:
         raise DataError(
             f"The data in {data.path} has rows of {data.seq_len} tokens, and the model reads at most {limit}; prepare the data "
@@ -230,10 +245,14 @@ def identity(config: RunConfig, data: Mixture, teacher: Teacher | None = None) -
         "data": {
             **{"content": digest[:16], "seq_len": data.seq_len, "seed": config.data.seed},
             **({"joined": True} if config.data.joined else {}),
+            **({"lanes": content["data"]["lanes"]} if config.data.lanes is not None else {}),
         },
         "optim": content["optim"],
         "batch": content["batch"],
-        "train": {name: content["train"][name] for name in ("steps", "epochs", "time_budget_s")},
+        "train": {
+            **{name: content["train"][name] for name in ("steps", "epochs", "time_budget_s")},
+            **({"carry_state": True} if config.train.carry_state else {}),
+        },
         "seed": config.seed,
     }
 

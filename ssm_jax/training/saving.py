@@ -2,17 +2,34 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ssm_jax import checkpoint, distributed
 from ssm_jax.checkpoint import manifest
 from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN, require_frozen
 from ssm_jax.checkpoint.store import write_folder
 from ssm_jax.errors import CheckpointError
+from ssm_jax.training.lanes import carried_from
 from ssm_jax.training.metrics import Meter
-from ssm_jax.training.run import Run
+from ssm_jax.training.run import Run, differences, identity
 from ssm_jax.training.state import TrainState
 from ssm_jax.typing import Params, PyTree
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back. ``state.carry`` is None where it was not saved, or by lanes that differ in ``changed``."""
+
+    state: TrainState
+    frozen: Params
+    meter: Meter
+    changed: list[str]
+
+
+def lanes_of(run: Run) -> dict[str, Any] | None:
+    """What a carried state belongs to; None where none is carried."""
+    return carried_from(identity(run.config, run.data), run.config)
 
 
 def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
@@ -27,6 +44,7 @@ def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
         "train": list(config.optim.train),
         "ema": config.optim.ema,
         "frozen": manifest.digest(root / FROZEN) if frozen else None,
+        **({"carry": lanes_of(run)} if state.carry is not None else {}),
     }
     keep = config.checkpoint
     return checkpoint.save(root, meter.step, _items(state), info, keep.keep, keep.keep_every)
@@ -40,11 +58,11 @@ def begin(run: Run) -> None:
 
 
 def restore(
-    folder: Path, abstract_state: TrainState, abstract_frozen: Params
-) -> tuple[TrainState, Params, Meter] | None:
+    folder: Path, abstract_state: TrainState, abstract_frozen: Params, lanes: Mapping[str, Any] | None = None
+) -> Restored | None:
     """State, frozen leaves and counts of the last good checkpoint, on the shardings asked for; None if there is none yet.
 
-    Damaged ones are set aside with a warning.
+    Damaged ones are set aside with a warning. ``lanes``: what a carried state must belong to, see ``lanes_of``.
 
     Raises:
         CheckpointError: all are damaged, the frozen leaves are, or the arrays do not fit.
@@ -53,6 +71,9 @@ def restore(
     newest = checkpoint.latest_good(root, set_aside=True)
     if newest is None:
         return None
+    saved = checkpoint.store.read_info(newest).get("carry")
+    if saved is None or saved != lanes:
+        abstract_state = dataclasses.replace(abstract_state, carry=None)
     items, info = checkpoint.restore(newest, _items(abstract_state))
     if "rows" not in info["counts"]:
         raise CheckpointError(
@@ -62,11 +83,19 @@ def restore(
     if abstract_frozen:
         require_frozen(newest, info)
         frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
-    state = TrainState(params=items["params"], ema=items.get("ema"), **items["train"])
-    return state, frozen, Meter(**info["counts"])
+    fields = {**items["train"], "carry": items.get("carry")}
+    state = TrainState(params=items["params"], ema=items.get("ema"), **fields)
+    changed: list[str] = []
+    if lanes is not None and state.carry is None:
+        changed = ["the checkpoint was saved without one"] if saved is None else differences(saved, lanes)
+    return Restored(state, frozen, Meter(**info["counts"]), changed)
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    items = {"params": fields.pop("params"), "ema": fields.pop("ema"), "train": fields}
+    items = {name: fields.pop(name) for name in ("params", "ema", "carry")}
+    items["train"] = {
+        **fields,
+        "carry": None,
+    }  # apart, since lanes may change; the empty place is that of older checkpoints
     return {name: item for name, item in items.items() if item is not None}

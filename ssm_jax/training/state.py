@@ -47,9 +47,10 @@ def create(
     *,
     model: LanguageModel,
     config: optim.OptimConfig,
+    lanes: int | None = None,
 ) -> tuple[TrainState, Params]:
-    """(state, frozen) before the first update, from ``params`` or new ones, with ``tables`` in them. Pure: a key gives the same
-    values on every mesh."""
+    """(state, frozen) before the first update, from ``params`` or new ones, with ``tables`` in them, and an empty carry for
+    ``lanes``. Pure: a key gives the same values on every mesh."""
     init_key, train_key = jax.random.split(key)
     if params is None:
         params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -58,16 +59,19 @@ def create(
     trainable, frozen = optim.split(params, config.freeze, config.train)
     opt_state = optim.make_optimizer(config).init(trainable)
     ema = None if config.ema is None else trainable
-    return TrainState(trainable, opt_state, jnp.int32(0), jnp.int32(total_steps), train_key, ema), frozen
+    carry = None if lanes is None else model.init_state(lanes)
+    return TrainState(trainable, opt_state, jnp.int32(0), jnp.int32(total_steps), train_key, ema, carry), frozen
 
 
-def abstract(model: LanguageModel, config: optim.OptimConfig, mesh: Mesh) -> tuple[TrainState, Params]:
+def abstract(
+    model: LanguageModel, config: optim.OptimConfig, mesh: Mesh, lanes: int | None = None
+) -> tuple[TrainState, Params]:
     """Shapes, dtypes and shardings of what ``create`` returns; nothing is allocated.
 
     Raises:
         ShardingError: a parameter that does not divide over the mesh. ConfigError: a freeze pattern that matches nothing.
     """
-    build = functools.partial(create, model=model, config=config)
+    build = functools.partial(create, model=model, config=config, lanes=lanes)
     shapes = jax.eval_shape(build, jax.random.key(0), jnp.int32(0))
     state, frozen = shapes
     axes = (_logical_axes(state), sharding.logical_axes(frozen))
@@ -95,8 +99,9 @@ def initialize(
     total_steps: int,
     params: Params | None = None,
     tables: Tables | None = None,
+    lanes: int | None = None,
 ) -> tuple[TrainState, Params]:
     """(state, frozen) on the mesh: every device makes its own part. Starts from ``params`` and ``tables`` where they are given."""
-    build = functools.partial(create, model=model, config=config)
-    out = jax.tree.map(lambda leaf: leaf.sharding, abstract(model, config, mesh))
+    build = functools.partial(create, model=model, config=config, lanes=lanes)
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract(model, config, mesh, lanes))
     return jax.jit(build, out_shardings=out)(jax.random.key(seed), jnp.int32(total_steps), params, tables)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
+from ssm_jax.training import carry as carry_lib
 from ssm_jax.training import derived
 from ssm_jax.training.losses import Batch, Objective, Sums, next_token_objective, seen
 from ssm_jax.training.state import TrainState
@@ -32,6 +33,9 @@ def make_step(
     loss = sum over the whole batch of weight * nll / sum of weights; gradient of that with respect to ``state.params`` only;
     AdamW; an update with non-finite gradients changes nothing but the step and the counts.
 
+    Where the state has a carry, rows go on from it, and it becomes what they leave, whether the update was skipped or not; see
+    ``carry.kept``.
+
     ``objective`` takes the place of nll. What else it sums, under a name, becomes a metric, its mean, with ``name_weight`` beside
     it: 0 where this update had none of it.
 
@@ -52,10 +56,11 @@ def make_step(
                 lambda params: derived.extended(model, params, frozen, length, documents), params
             )
 
-        def of_part(part: Batch, key: jax.Array, index: jax.Array) -> tuple[Sums, Params]:
-            return objective(params, frozen, part, key, index)
+        def of_part(part: Batch, key: jax.Array, index: jax.Array, carry: PyTree) -> tuple[Sums, Params, PyTree]:
+            return objective(params, frozen, part, key, index, carry)
 
-        sums, grads = _accumulate(of_part, batch, dropout_key, state.step * microbatches, microbatches)
+        first = state.step * microbatches
+        sums, grads, carry = _accumulate(of_part, batch, dropout_key, first, state.carry, microbatches)
         if pull_back is not None:
             (grads,) = pull_back(grads)
         loss, weight = sums.pop("loss")
@@ -76,7 +81,10 @@ def make_step(
             **{name: total * _inverse(weight) for name, (total, weight) in sums.items()},
             **{f"{name}_weight": weight for name, (_, weight) in sums.items()},
         }
-        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+        if carry is not None:
+            carry = carry_lib.kept(model, carry, opt_state.notfinite_count)
+        changed = {"params": params, "opt_state": opt_state, "ema": ema, "carry": carry, "step": state.step + 1}
+        return dataclasses.replace(state, **changed), metrics
 
     return step
 
@@ -114,29 +122,32 @@ def _inverse(weight: jax.Array) -> jax.Array:
 
 
 def _accumulate(
-    of_part: Callable[[Batch, jax.Array, jax.Array], tuple[Sums, Params]],
+    of_part: Callable[[Batch, jax.Array, jax.Array, PyTree], tuple[Sums, Params, PyTree]],
     batch: Batch,
     key: jax.Array,
     first: jax.Array,
+    carry: PyTree,
     microbatches: int,
-) -> tuple[Sums, Params]:
-    """Sums over the microbatches, which are counted from ``first``."""
+) -> tuple[Sums, Params, PyTree]:
+    """Sums over the microbatches, which are counted from ``first``; each takes its lanes of the carry."""
     if microbatches == 1:
-        return of_part(batch, key, first)
+        return of_part(batch, key, first, carry)
 
     def part(x: jax.Array) -> jax.Array:
         # Lane b goes to microbatch b % microbatches: every device keeps its own lanes.
         return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
 
-    def body(total: Any, inputs: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_part(*inputs)), None
+    def body(total: Any, inputs: tuple[Batch, jax.Array, jax.Array, PyTree]) -> tuple[Any, PyTree]:
+        sums, grads, left = of_part(*inputs)
+        return jax.tree.map(jnp.add, total, (sums, grads)), left
 
     parts = (
         jax.tree.map(part, dict(batch)),
         jax.random.split(key, microbatches),
         first + jnp.arange(microbatches, dtype=jnp.int32),
+        None if carry is None else carry_lib.split(carry, microbatches),
     )
-    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], parts))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, parts)
-    return total
+    total, left = jax.lax.scan(body, zeros, parts)
+    return *total, None if carry is None else carry_lib.join(left)

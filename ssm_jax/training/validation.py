@@ -3,17 +3,20 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from ssm_jax import distributed, optim, sharding
 from ssm_jax.data.mixture import Mixture
+from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import PackedDataset
+from ssm_jax.training import carry as carry_lib
+from ssm_jax.training.lanes import held_out_rows
 from ssm_jax.training.losses import next_token_loss, seen
 from ssm_jax.training.run import Run
-from ssm_jax.typing import Params
+from ssm_jax.typing import Params, PyTree
 
 Scores = dict[str, float]
 
@@ -21,29 +24,41 @@ Scores = dict[str, float]
 def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
     """``evaluate(trainable, frozen)`` over the first ``eval.batches`` microbatches of each validation split, in stored order.
 
+    A run that reads in lanes reads the held-out articles in lanes too, and carries their state if it carries it in training.
+
     None if there is no validation split.
     """
     config, data = run.config, run.held_out
     if data is None:
         return None
 
+    size = config.batch.size // config.batch.microbatches
     replicated = sharding.replicated(run.mesh)
+    empty = carry_lib.empty_on(run.model, size, run.mesh) if config.train.carry_state else None
+    places = jax.tree.map(lambda leaf: leaf.sharding, empty)
 
-    @functools.partial(jax.jit, out_shardings=(replicated, replicated))
-    def sums(trainable: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return next_token_loss(run.model, optim.merge(trainable, frozen), batch)
+    @functools.partial(jax.jit, out_shardings=((replicated, replicated), places))
+    def sums(
+        trainable: Params, frozen: Params, batch: dict[str, jax.Array], carry: PyTree
+    ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+        return next_token_loss(run.model, optim.merge(trainable, frozen), batch, carry=carry)
 
-    def of_dataset(trainable: Params, frozen: Params, dataset: PackedDataset) -> tuple[float, float]:
+    def rows_of(dataset: PackedDataset) -> Iterator[Row]:
+        if run.lanes is not None:
+            return held_out_rows(run.lanes, config)
         rows = evaluation_batches(
             dataset,
-            batch_size=config.batch.size // config.batch.microbatches,
+            batch_size=size,
             process_index=distributed.process_index(),
             process_count=distributed.process_count(),
         )
-        parts = [
-            sums(trainable, frozen, sharding.put_batch(seen(row, config.data.joined), run.mesh))
-            for row in itertools.islice(rows, config.eval.batches)
-        ]
+        return (seen(row, config.data.joined) for row in rows)
+
+    def of_dataset(trainable: Params, frozen: Params, dataset: PackedDataset) -> tuple[float, float]:
+        parts, carry = [], empty
+        for row in itertools.islice(rows_of(dataset), config.eval.batches):
+            part, carry = sums(trainable, frozen, sharding.put_batch(row, run.mesh), carry)
+            parts.append(part)
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*parts, strict=True))
         return loss_sum, weight
 

@@ -68,6 +68,21 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert only.keys() == {"params"}
 
 
+def test_arrays_without_elements_come_back(tmp_path: Path) -> None:
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+    spec = NamedSharding(mesh, PartitionSpec("data"))
+    nothing = {"memory": jnp.zeros((2, 0, 3), jnp.bfloat16), "position": jnp.arange(4)}
+    tree = {"carry": {name: jax.device_put(leaf, spec) for name, leaf in nothing.items()}}
+    folder = checkpoint.save(tmp_path, 1, tree, {})
+    back = checkpoint.restore(folder, with_shardings(tree, spec))[0]
+    assert_same(back, tree)
+    assert back["carry"]["memory"].dtype == jnp.bfloat16
+    assert back["carry"]["memory"].sharding == spec
+    wanted = {"carry": {**nothing, "memory": jnp.zeros((2, 0, 4), jnp.bfloat16)}}
+    with pytest.raises(CheckpointError, match=r"does not fit: carry/memory is bfloat16\[2, 0, 3\] there"):
+        checkpoint.restore(folder, abstract(wanted))
+
+
 def test_restores_onto_another_mesh(tmp_path: Path) -> None:
     first = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
     second = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=4))

@@ -115,6 +115,18 @@ def test_endless_context_sees_whole_documents(family: str, count: int, window: i
     assert scores["loss"] == pytest.approx(expected.mean(), rel=1e-5)
 
 
+def test_documents_that_begin_with_a_call_are_read_whole() -> None:
+    """Baka's: each begins with a batch, in whichever lane and place it comes."""
+    model, params = tiny("baka")
+    found = _documents((70, 2, 33, 1, 16, 50))
+    expected = np.concatenate([_definition(model, params, document) for document in found])
+    batches = list(documents.endless(documents.lanes(found, 3), 16, aligned=True))
+    assert not any((batch["positions"][:, 1:] == 0).any() for batch in batches)
+    scores = evaluate(model, params, batches, carry=True)
+    assert scores["tokens"] == len(expected)
+    assert scores["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+
+
 def test_losses_by_context_are_those_of_the_definition() -> None:
     model, params = tiny("mamba")
     found = _documents((70, 2, 33, 1, 16, 50))
@@ -197,6 +209,22 @@ def test_model_and_baseline_count_the_same_targets(prepared: Path) -> None:
     expected = ngram.bits(ngram.fit(byte_documents(train, tokenizer), 2), texts) / len(text)
     assert baseline == {"order": 2, "bits_per_byte": expected, "bytes": len(text)}
     assert 0 < expected < 2
+
+
+def test_rows_of_several_documents_are_not_for_models_that_read_in_chunks(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, params = tiny("baka", ByteTokenizer.vocab_size)
+    held_out = open_dataset(prepared, "validation")
+    with pytest.raises(DataError, match="this model begins a document only with a call; score whole documents"):
+        evaluate_split(model, params, held_out)
+    call = ssm_jax.build(model.config, chunk_boundary="call")
+    scores = [evaluate_documents(m, params, held_out, batch_size=3, window=11)["loss"] for m in (model, call)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5), "read in whole chunks, however calls are understood"
+    ssm_jax.save_pretrained(model, params, tmp_path / "run", layout="ssm_jax", tokenizer=ByteTokenizer())
+    script.run([str(tmp_path / "run"), "--data", str(prepared), "--no-baseline"])
+    assert "whole documents" in (printed := capsys.readouterr().out)
+    assert "rows" not in printed
 
 
 def test_subword_data_is_scored_as_its_bytes(prepared: Path, tmp_path: Path) -> None:

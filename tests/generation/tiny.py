@@ -19,6 +19,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"n_heads": 4, "n_kv_heads": 2, "d_mlp": 24, "n_positions": 64, "pad_vocab_size_multiple": 8},
 }
 FAMILIES = tuple(FIELDS)
+FIELDS["baka"] = {"n_heads": 2, "d_mlp": 24, "n_ctx": 8, "n_pauses": 2, "n_rmt_tokens": 2, "d_state": 4}
+"""Not among ``FAMILIES``, whose documents may begin anywhere in a row."""
 SCALES = {"gpt2": 2.0, "gss": 3.0}
 """Mean of the norms' scales, 0 where not given. Against a bias in the last norm a small one would always lose."""
 

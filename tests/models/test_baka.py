@@ -168,7 +168,7 @@ def test_calls_close_chunks() -> None:
     places = jnp.asarray([[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]])
     _, ragged = _apply(call, variables, tokens[:, :5], None, places)
     _, alone = _apply(call, variables, tokens[1:, :3])
-    assert_states_close(ssm_jax.take_lanes(_closed(ragged), [1]), _closed(alone), 2e-5)
+    assert_trees_close(_past(ssm_jax.take_lanes(ragged, [1])), _past(alone), 2e-5)
     following, _ = _apply(call, variables, tokens[:, 5:10], ragged, jnp.asarray([[*range(5, 10)], [*range(3, 8)]]))
     expected, _ = _apply(call, variables, tokens[1:, 5:10], alone)
     assert_close(following[1:], expected, 2e-5)
@@ -177,13 +177,11 @@ def test_calls_close_chunks() -> None:
     assert ssm_jax.generate(call, variables["params"], [[1, 2]], 3, window=8).shape == (1, 3)
 
 
-def _closed(state: ChunkedState) -> Any:
-    """What the next chunk can see of the ones before."""
+def _past(state: ChunkedState) -> Any:
+    """What the next chunk of the one lane can see of the ones before."""
     attention = state.layers["units"][0].attention
     count = int(attention.past_count.max())
-    return ssm_jax.nn.state.LMState(
-        (attention.past_k[..., :count, :], attention.past_v[..., :count, :]), (state.memory, state.position)
-    )
+    return attention.past_k[..., :count, :], attention.past_v[..., :count, :], state.memory, state.position
 
 
 def test_memory_and_cache_carry_information_and_gradients_across_chunks() -> None:
@@ -203,11 +201,11 @@ def test_memory_and_cache_carry_information_and_gradients_across_chunks() -> Non
 
 
 def test_published_sizes() -> None:
+    """Counted as the original's parameters, which hold the 32 rotary frequencies of every layer; here they are constants."""
     sizes = {"celp18": 182_929_408, "mamba12": 213_139_584, "rmt12": 190_505_088, "steps": 240_028_032}
     for name, parameters in sizes.items():
-        assert ssm_jax.count_parameters(ssm_jax.build(f"baka-{name}").config) == parameters
-    config = ssm_jax.build("baka-celp18").config
-    assert ssm_jax.count_parameters(config) - 2 * 50277 * 768 == 105_703_936
+        config = ssm_jax.build(f"baka-{name}").config
+        assert ssm_jax.count_parameters(config) + 32 * config.n_layers == parameters
 
 
 def test_operations_are_counted() -> None:
@@ -234,7 +232,7 @@ def test_operations_are_counted() -> None:
         ({"step_shared": True}, r"step is 'none', and step_shared or step_reach is set"),
         ({"mamba_carry": True, "mamba_every": 0}, r"mamba_carry is set and mamba_every is 0"),
         ({"xl_layer": "above"}, r"model.xl_layer"),
-        ({"n_rmt": 4}, r"n_rmt.*n_rmt_tokens"),
+        ({"n_rmt_token": 4}, r"unknown; did you mean 'n_rmt_tokens'"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from ssm_jax.data.prepare import Settings, prepare
+from ssm_jax.data.prepare import Form, Settings, prepare
 from ssm_jax.data.sources import TextFile
 from ssm_jax.data.tokenizers import ByteTokenizer
 from ssm_jax.training import load_run_config, train
@@ -17,12 +17,14 @@ Overrides = Callable[..., list[str]]
 Run = Callable[..., dict[str, Any]]
 
 
-def prepare_bytes(folder: Path, name: str = "prepared", word: str = "line", seq_len: int = 32) -> Path:
+def prepare_bytes(
+    folder: Path, name: str = "prepared", word: str = "line", seq_len: int = 32, form: Form = "rows"
+) -> Path:
     """Twelve short files as prepared data; returns its folder."""
     for i in range(12):
         (folder / f"{i}.txt").write_text("".join(f"{word} {j} of file {i}: {i * j}\n" for j in range(15)))
     files = [TextFile(path, path.name) for path in sorted(folder.glob("*.txt"))]
-    prepare(files, folder / name, ByteTokenizer(), Settings(seq_len=seq_len, validation_percent=20.0))
+    prepare(files, folder / name, ByteTokenizer(), Settings(form=form, seq_len=seq_len, validation_percent=20.0))
     return folder / name
 
 
@@ -47,6 +49,12 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_bytes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same files as whole documents of about 300 tokens."""
+    return prepare_bytes(tmp_path_factory.mktemp("articles"), form="documents")
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,10 @@ def evaluated(config: DistillConfig, taught_by: Any = None) -> tuple[Any, Any]:
     """(sums, gradient) of an objective over one batch."""
     model, params = taught_by or teacher()
     objective = jax.jit(distillation.make_objective(student(), model, config))
-    return objective(student_params(), distillation.fixed({}, params), batch(0), jax.random.key(0), jnp.int32(0))
+    fixed = distillation.fixed({}, params)
+    sums, gradient, carry = objective(student_params(), fixed, batch(0), jax.random.key(0), jnp.int32(0))
+    assert carry is None
+    return sums, gradient
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:

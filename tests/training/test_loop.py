@@ -34,6 +34,7 @@ from ssm_jax.evaluation import evaluate_split
 from ssm_jax.training import load_run_config, loop, saving, train
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
+from ssm_jax.training.lanes import carried_lanes
 from ssm_jax.training.metrics import TIMES
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.validation import scores
@@ -62,10 +63,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_arrays(folder: Path) -> list[np.ndarray]:
-    """Every array of the last checkpoint: parameters, moments, counts, key."""
+    """Every array of the last checkpoint: parameters, moments, counts, key, carried state."""
     run = run_lib.prepare(load_run_config(folder / "config.yaml", []))
-    restored = saving.restore(folder, *state_lib.abstract(run.model, run.config.optim, run.mesh))
+    shapes = state_lib.abstract(run.model, run.config.optim, run.mesh, carried_lanes(run.config))
+    restored = saving.restore(folder, *shapes, saving.lanes_of(run))
     assert restored is not None
+    assert not restored.changed
     return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in jax.tree.leaves(restored[:2])]
 
 
