@@ -103,18 +103,22 @@ def decay_mask(params: Params, no_decay: Sequence[str] = NO_DECAY) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), decays)
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimConfig, direction: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
     """``update(grads, state, params, learning_rate=lr)``: -lr * (direction + weight_decay * w * mask).
 
-    AdamW's direction is m / (sqrt(v) + eps).
+    AdamW's direction is m / (sqrt(v) + eps). ``direction`` takes the place of the configured one.
 
     Gradients with any non-finite entry leave parameters and moments as they are (``optax.apply_if_finite``); the state counts
     such updates in a row (``notfinite_count``) and in all (``total_notfinite``).
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    if direction is None:
+        direction = directions.direction(config.name, beta1=config.beta1, beta2=config.beta2, eps=config.eps)
     chain = optax.chain(
         clip,
-        directions.direction(config.name, beta1=config.beta1, beta2=config.beta2, eps=config.eps),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.no_decay)),
         _scale_by_learning_rate(),
     )
