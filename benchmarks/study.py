@@ -2,9 +2,9 @@
 
     python -m benchmarks.study configs/study/dense.yaml
 
-A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms`` (name -> model section, or a section
-with the keys ``model``; ``run``, what this arm changes in the run; ``from``, an earlier arm with whose weights it begins),
-``seeds`` and ``pairs`` of arms to compare. Every finished run is one line of ``output``/results.jsonl; a study that is started again leaves
+A study file has ``output``, ``run`` (a run config without output, model and seed), ``arms``, ``seeds`` and ``pairs`` of arms to
+compare. An arm is a model section, or a section with the keys ``model``; ``run``, what it changes in the run; ``from``, an earlier
+arm with whose weights it begins. Every finished run is one line of ``output``/results.jsonl; a study that is started again leaves
 those out, and refuses lines of other configs. Arms of a pair must not differ in parameters by more than 2 %. The same seed means
 the same rows in the same order for every arm, so differences are taken seed by seed.
 """

@@ -261,9 +261,7 @@ def test_rows_of_several_documents_are_not_for_models_that_read_in_chunks(
 ) -> None:
     fields = {f"model__{name}": value for name, value in BAKA.items()}
     monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("compiled"))
-    with pytest.raises(
-        ConfigError, match=r"a baka model begins a document only with a call; read articles in lanes .*joined"
-    ):
+    with pytest.raises(ConfigError, match=r"a baka model begins one only with a call; read articles in lanes .*joined"):
         run(data__path=data, **fields)
     assert not (tmp_path / "run").exists()
 
