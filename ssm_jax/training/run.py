@@ -208,7 +208,7 @@ def resolve(config: RunConfig, data: Mixture, mesh: Mesh) -> RunConfig:
     if data.window is None and not config.data.joined and not restarts_within_calls(model):
         raise ConfigError(
             f"The data in {data.path} has rows with several documents, and a {family_name(model)} model begins one only "
-            "with a call; read articles in lanes (prepare the data with --form documents and set data.lanes.window), or rows as one "
+            "with a call; read articles in lanes (prepare data with --form documents and set data.lanes.window), or rows as one "
             "document (data.joined=true)."
         )
     limit = context_limit(model)
