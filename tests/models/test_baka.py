@@ -48,6 +48,7 @@ class TestBaka(ModelConformance):
     """A document begins with a call; the four promises about documents within a row are replaced by what holds here."""
 
     configs = {"published": PUBLISHED, "everything": EVERYTHING}
+    layouts = ("bakallm",)
 
     def test_packed_documents_equal_separate_ones(self, model: LanguageModel) -> None:
         """They are refused where positions can be read, and else the whole row is NaN, and that row alone."""
