@@ -34,7 +34,7 @@ GOLDEN_CONFIGS = {
 TINY: dict[str, Any] = {"vocab_size": 13, "d_model": 8, "n_heads": 2, "n_ctx": 8, "n_pauses": 2, "n_rmt_tokens": 2}
 CONFIGS = {
     "celp18": BakaConfig(**TINY, n_layers=2, rmt_read="head"),
-    "every_third_of_seven": BakaConfig(**TINY, n_layers=7, d_mlp=12, mamba_every=3, d_state=5, dt_rank=2),
+    "every_third_of_eight": BakaConfig(**TINY, n_layers=8, d_mlp=12, mamba_every=3, d_state=5, dt_rank=2),
     "mamba_in_the_first_alone": BakaConfig(**TINY, n_layers=3, mamba_every=9, gate="relu", xl_layer="same"),
     "not_as_its_weights_look": BakaConfig(
         **TINY, n_layers=2, mamba_every=0, norm="rms", norm_eps=1e-3, gate="sigmoid", gate_input="y-x", step="step4",
@@ -176,7 +176,7 @@ def test_folders_are_written_as_they_were_read(folder: str, layout: str, tmp_pat
 
 
 def test_the_report_names_the_layers_of_each_stack(tmp_path: Path) -> None:
-    model = ssm_jax.build(CONFIGS["every_third_of_seven"])
+    model = ssm_jax.build(CONFIGS["every_third_of_eight"])
     ssm_jax.save_pretrained(model, random_params(model), tmp_path / "m", check=False)
     tensors = json.loads((tmp_path / "m" / "parity.json").read_text())["tensors"]
     assert tensors["model.layers.{i:1+6}.mamba.A_log"] == tensors["model.layers.{i:3+0}.mamba.A_log"] == [16, 5]
@@ -186,10 +186,10 @@ def test_the_report_names_the_layers_of_each_stack(tmp_path: Path) -> None:
 
 def test_the_row_of_a_tensor_is_one_of_its_layer() -> None:
     """Layers of different stacks: each tensor of layer i is made of its leaf."""
-    model = ssm_jax.build(CONFIGS["every_third_of_seven"])
+    model = ssm_jax.build(CONFIGS["every_third_of_eight"])
     params = random_params(model)
     tensors = to_tensors(writable("baka", None).tensors_of(model.config), params)
-    for i in range(7):
+    for i in range(8):
         stack, j = ("units", i // 3) if i < 6 else ("rest", 0)
         leaves = params["layers"][stack][f"members_{i % 3}"]
         name = f"model.layers.{i}."

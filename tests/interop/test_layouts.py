@@ -243,6 +243,14 @@ WRITTEN: dict[str, dict[str, Any]] = {
         },
         **{"dss_kernel_lambda_imag_exp": False, "final_norm": True, "init": "slow", "memory": 99, "accurate": True},
     },
+    "baka": {
+        **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_mlp": 40},
+        **{"d_attn": 60, "n_ctx": 32, "n_pauses": 4, "n_rmt_tokens": 3, "rmt_read": "head", "xl_layer": "below"},
+        **{"chunk_boundary": "call", "norm": "rms", "norm_eps": 1e-3, "act": "silu", "elephant_width": 0.5},
+        **{"elephant_power": 4.0, "gate": "sigmoid", "gate_input": "y", "step": "step4", "step_shared": True},
+        **{"step_reach": "xl", "mamba_every": 3, "mamba_carry": True, "d_state": 24, "d_conv": 3, "expand": 3},
+        **{"dt_rank": 5, "rope_base": 500.0, "tie_embeddings": True, "residual_in_fp32": False, "dropout": 0.25},
+    },
 }
 """Family -> fields of a config, none at its default."""
 _FLA: dict[str, Any] = {"rotary": "halves", "score_scale": False}
@@ -250,7 +258,12 @@ WRITTEN_AS = {
     "fla": {
         **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_value": 66},
         **{"d_mlp": 40, "norm_scale": True, "norm_eps": 1e-3, "trained_normaliser": "abs_sum", **_FLA},
-    }
+    },
+    "bakallm_celp18": {
+        **{"vocab_size": 100, "pad_vocab_size_multiple": 16, "d_model": 48, "n_layers": 5, "n_heads": 3, "d_mlp": 40},
+        **{"d_attn": 60, "n_ctx": 32, "n_pauses": 4, "n_rmt_tokens": 3, "rmt_read": "head", "act": "silu"},
+        **{"chunk_boundary": "call", "dropout": 0.25},
+    },
 }
 """Layout -> such fields, where it has other models of the family than the rest."""
 _NOT_OF_THE_PACKAGE = {"final_norm", "tie_embeddings", "init", "memory", "accurate"}
@@ -266,6 +279,8 @@ KEPT_BY_US = {
     "mamba_ssm": set(),
     "gated_state_spaces": _NOT_OF_THE_PACKAGE,
     "naxalpha": _NOT_OF_THE_PACKAGE,
+    "bakallm": {"pad_vocab_size_multiple"},
+    "bakallm_celp18": {"pad_vocab_size_multiple", "chunk_boundary", "dropout", "tie_embeddings"},
 }
 """Layout -> fields that its config has no place for: the weights say them, or they change no logit and ssm_jax.json keeps them."""
 
@@ -300,6 +315,10 @@ EXTREMES: dict[str, list[dict[str, Any]]] = {
     "gpt2": [{"n_heads": 4, "d_mlp": 24, "tie_embeddings": False}, {"n_heads": 2}],
     "gpt_neox": [{"n_heads": 4}, {"n_heads": 2, "attention_bias": False, "tie_embeddings": True}],
     "llama": [{"n_heads": 4, "attention_bias": True, "mlp_bias": True}, {"n_heads": 4, "tie_embeddings": True}],
+    "baka": [
+        {"n_heads": 4, "gate": "relu", "step": "nstep4"},
+        {"n_heads": 4, "norm": "rms", "step": "step4", "step_shared": True, "mamba_every": 2, "n_layers": 5},
+    ],
 }
 """Family -> fields of configs that together have every leaf the family knows."""
 EXTREMES_AS: dict[str, list[dict[str, Any]]] = {
@@ -312,7 +331,7 @@ def test_every_leaf_of_every_family_has_a_place_in_every_layout(row: Any) -> Non
     for fields in EXTREMES_AS.get(row.name, EXTREMES[row.family]):
         if row.head not in row.tensors and not fields.get("tie_embeddings", True):
             continue  # the format is always tied
-        model = ssm_jax.build(row.family, vocab_size=16, d_model=64, n_layers=2, **fields)
+        model = ssm_jax.build(row.family, **{"vocab_size": 16, "d_model": 64, "n_layers": 2, **fields})
         params = random_params(model)
         published = to_tensors(row.tensors_of(model.config), params)
         assert sum(int(np.prod(t.shape)) for t in published.values()) == ssm_jax.count_parameters(model.config)

@@ -20,6 +20,7 @@ from ssm_jax.interop import pretrained
 from ssm_jax.interop.layouts import LAYOUTS
 from ssm_jax.interop.torch_file import read_torch, write_torch
 from ssm_jax.models import (
+    BakaConfig,
     DenseMambaConfig,
     DenseRetNetConfig,
     GPT2Config,
@@ -129,11 +130,29 @@ UNUSUAL = {
         pad_vocab_size_multiple=8,
         dtype="bfloat16",
     ),
+    "baka": BakaConfig(
+        vocab_size=91,
+        d_model=16,
+        n_layers=4,
+        n_heads=2,
+        d_mlp=24,
+        n_ctx=8,
+        n_pauses=2,
+        n_rmt_tokens=2,
+        gate="sigmoid",
+        mamba_every=3,
+        dropout=0.25,
+        init="kaiming_normal",
+        pad_vocab_size_multiple=8,
+        dtype="bfloat16",
+        chunk_size=8,
+    ),
 }
 
 
 UNUSUAL_IN: dict[str, Any] = {
-    "fla": replace(UNUSUAL["retnet"], embedding_norm=False, rotary="halves", norm_scale=True, score_scale=False)
+    "fla": replace(UNUSUAL["retnet"], embedding_norm=False, rotary="halves", norm_scale=True, score_scale=False),
+    "bakallm_celp18": replace(UNUSUAL["baka"], gate="none", mamba_every=1, rmt_read="head"),
 }
 """Where a layout has other models of its family than the rest."""
 

@@ -104,11 +104,9 @@ def uncompiled(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def rename(name: str) -> str | None:
-    """Of any spelling that of 007_mamba, or of 00x_steps for branches with gates; None for angles."""
+def rename(name: str) -> str:
+    """Of any spelling that of 007_mamba, or of 00x_steps for branches with gates."""
     plain = uncompiled(name).replace(".qkv_prep.", ".")
-    if plain.endswith(".rot.freqs"):
-        return None
     return plain.replace(".mamba.mamba.", ".mamba.").replace(".mamba.norm_in.", ".norm_mamba.")
 
 

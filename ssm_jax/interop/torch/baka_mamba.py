@@ -40,10 +40,10 @@ class Mamba(nn.Module):
         s = torch.where(present, s, 0).mT
         window = s.new_zeros(*s.shape[:2], before) if state is None else state[..., :before].to(s.dtype)
         inputs = torch.cat([window, s], dim=-1)
-        s = torch.where(present, F.silu(self.conv1d(inputs)).mT, 0)
+        s = F.silu(self.conv1d(inputs)).mT
         r, B, C = self.x_proj(s).split([rank, N, N], dim=-1)
         dt = F.softplus(at_least_float32(F.linear(r, self.dt_proj.weight)) + at_least_float32(self.dt_proj.bias))
-        dt = torch.where(present, dt, 0)
+        dt = torch.where(present, dt, 0)  # with a step of 0, h stays as it is
         decay = torch.exp(dt[..., None] * -at_least_float32(self.A_log).exp())
         h = scan(decay, (dt * s)[..., None] * B[:, :, None], None if state is None else state[..., before:])
         y = read(h, C) + at_least_float32(self.D) * s
