@@ -200,6 +200,13 @@ def test_memory_and_cache_carry_information_and_gradients_across_chunks() -> Non
         assert float(jnp.abs(jax.jit(jax.grad(last))(table[63])).max()) > 1e-6, switches
 
 
+def test_a_new_state_can_be_donated() -> None:
+    """No array of it is there twice."""
+    state = ssm_jax.build(PUBLISHED).init_state(2)
+    jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 def test_published_sizes() -> None:
     """Counted as the original's parameters, which hold the 32 rotary frequencies of every layer; here they are constants."""
     sizes = {"celp18": 182_929_408, "mamba12": 213_139_584, "rmt12": 190_505_088, "steps": 240_028_032}
