@@ -207,6 +207,38 @@ def test_a_new_state_can_be_donated() -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("init", ["torch", "kaiming_normal"])
+def test_initialisation_is_the_published_one(init: str) -> None:
+    """Products: variance 1 / (3 fan_in), normal or uniform, a step's fan-in being that of its four inputs; gates uniform in either
+    case; N(0, 1) for embedding, pause and memory."""
+    fields = {
+        **TINY,
+        "d_model": 32,
+        "d_mlp": 48,
+        "n_rmt_tokens": 32,
+        "mamba_every": 0,
+        "step": "nstep4",
+        "gate": "relu",
+    }
+    model = ssm_jax.build("baka", **fields, n_layers=2, init=init, step_shared=init == "torch")
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    layers = params["layers"]
+    layer = layers["units"]["members_0"]
+    step = layers["step"] if init == "torch" else layer["step"]["proj"]["kernel"]
+    products = [(layer["mixer"][f"{name}_proj"]["kernel"], 32) for name in ("q", "k", "v", "out")]
+    products += [
+        (layer["mlp"][f"{name}_proj"]["kernel"], inputs) for name, inputs in (("up", 32), ("gate", 32), ("down", 48))
+    ]
+    gates = [(layer[f"{name}_gate"]["kernel"], 32) for name in ("mixer", "mlp", "step")]
+    for number, (kernel, fan_in) in enumerate([*products, (step, 128), *gates]):
+        normal = init == "kaiming_normal" and number <= len(products)
+        assert abs(float(jnp.std(kernel)) * (3 * fan_in) ** 0.5 - 1) < 0.06
+        assert (float(jnp.abs(kernel).max()) * fan_in**0.5 > 1.2) == normal
+    for leaf in (params["embed"]["embedding"], layers["memory"]):
+        assert abs(float(jnp.std(leaf)) - 1) < 0.06
+    assert 0.7 < float(jnp.std(layers["pause"])) < 1.3
+
+
 def test_published_sizes() -> None:
     """Counted as the original's parameters, which hold the 32 rotary frequencies of every layer; here they are constants."""
     sizes = {"celp18": 182_929_408, "mamba12": 213_139_584, "rmt12": 190_505_088, "steps": 240_028_032}
