@@ -200,6 +200,28 @@ def test_memory_and_cache_carry_information_and_gradients_across_chunks() -> Non
         assert float(jnp.abs(jax.jit(jax.grad(last))(table[63])).max()) > 1e-6, switches
 
 
+def test_dropout_is_drawn_for_every_chunk() -> None:
+    """Two chunks of the same tokens that know nothing of each other differ by their dropout alone, lanes with positions too."""
+    fields = {**TINY, "n_pauses": 0, "n_rmt_tokens": 0, "xl_layer": "none", "mamba_every": 0, "n_layers": 1}
+    model, variables = _built(BakaConfig(**fields, dropout=0.5))
+    tokens = jnp.tile(_tokens(model.config, 1, 8), (1, 2))
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def chunks(positions: Any, deterministic: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, _ = model.apply(
+            variables, tokens, positions=positions, deterministic=deterministic, rngs={"dropout": key}
+        )
+        return logits[0, :8], logits[0, 8:]
+
+    for positions in (None, jnp.arange(16)[None]):
+        exact, same = chunks(positions, True, jax.random.key(1))
+        assert_close(exact, same, 1e-6)
+        first, second = chunks(positions, False, jax.random.key(1))
+        other, _ = chunks(positions, False, jax.random.key(2))
+        for drawn in (exact, second, other):
+            assert not np.allclose(first, drawn, atol=1e-3)
+
+
 def test_a_new_state_can_be_donated() -> None:
     """No array of it is there twice."""
     state = ssm_jax.build(PUBLISHED).init_state(2)
