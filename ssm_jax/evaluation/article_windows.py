@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
     @property
     def inputs(self) -> int:
-        """Tokens that are read: all but the last, which is only a target."""
+        """Tokens that have a target: all but the last."""
         return self.stop - self.start - 1
 
     @property
@@ -100,7 +100,10 @@ def _row(part: Part | None, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndar
         positions[0] = 0
         return tokens, targets, positions
     window, start, size = part
-    tokens[:size] = window.tokens[start : start + size]
     targets[:size] = window.tokens[start + 1 : start + size + 1]
-    positions[:size] = np.arange(start, start + size)
+    # The window's last token, which is only a target, is read where there is room: where a call closes a chunk, how many tokens
+    # are in it says where its pauses stand, and BakaLLM reads whole windows.
+    read = min(size + part.is_last, piece)
+    tokens[:read] = window.tokens[start : start + read]
+    positions[:read] = np.arange(start, start + read)
     return tokens, targets, positions

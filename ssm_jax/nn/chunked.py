@@ -77,8 +77,13 @@ class ChunkedStack(nn.Module):
             for name, unit, count in (("units", self.units, self.repeats), ("rest", self.rest, 1))
             if unit is not None
         }
-        rows = jnp.zeros((batch_size, self.shape.memory, self.width), jnp.float32) if self.shape.memory else None
-        return ChunkedState(layers, jnp.zeros((batch_size,), jnp.int32), rows, rows if self.head else None)
+
+        def rows(wanted: bool) -> Any:  # each an array of its own, so that a state can be donated
+            return jnp.zeros((batch_size, self.shape.memory, self.width), jnp.float32) if wanted else None
+
+        has_memory = bool(self.shape.memory)
+        position_B = jnp.zeros((batch_size,), jnp.int32)
+        return ChunkedState(layers, position_B, rows(has_memory), rows(has_memory and self.head))
 
     def setup(self) -> None:
         normal, rows = nn.initializers.normal(1.0), (self.shape.memory, self.width)

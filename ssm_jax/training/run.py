@@ -95,6 +95,11 @@ def _require_carried_states(model: LanguageModel) -> None:
 def _require_room_for_samples(config: SampleConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Samples are written at the end in any case, when it would be late to find that they do not fit."""
     limit = context_limit(model.config)
+    if config.prompts and getattr(model.config, "chunk_boundary", "stream") == "call":
+        raise ConfigError(
+            "Config key 'sample.prompts' is set and model.chunk_boundary is 'call': every call closes a chunk, and each new token "
+            "would be one. Set sample.prompts=[], or model.chunk_boundary=stream; the weights are the same."
+        )
     if limit is None or not config.prompts:
         return
     longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in config.prompts)

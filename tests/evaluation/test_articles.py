@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -116,6 +118,25 @@ def test_rows_are_those_of_whole_windows(family: str) -> None:
     assert abs(row["loss"] - row["token_loss"]) > 1e-3, "the two means differ"
 
 
+def test_a_call_that_closes_a_chunk_reads_the_last_token_too() -> None:
+    """How many tokens are in a chunk that is not full says where its pauses stand: 24 of 32 with a pause at every eighth place have
+    one more than 23, before the last two targets."""
+    model = ssm_jax.build("baka", **{"vocab_size": 61, "d_model": 16, "n_heads": 2, "n_layers": 1, "mamba_every": 0,
+                                     "n_ctx": 32, "n_pauses": 4, "n_rmt_tokens": 2, "chunk_boundary": "call"})  # fmt: skip
+    model, params = random_model(model.config)
+    params = jax.tree.map(lambda leaf: 2 * leaf, params)
+    read = jax.jit(model.apply)
+    article = _articles((24,))[0]
+
+    def loss_of(inputs: np.ndarray) -> float:
+        scores = jax.nn.log_softmax(read({"params": params}, jnp.asarray(inputs[None]))[0][0, :23])
+        return -float(jnp.mean(jnp.take_along_axis(scores, jnp.asarray(article[1:, None]), axis=1)))
+
+    found = evaluate_articles(model, params, [article], [64], lanes=1, piece=32)["rows"][0]["loss"]
+    assert found == pytest.approx(loss_of(article), rel=1e-5)
+    assert found != pytest.approx(loss_of(article[:-1]), rel=1e-4)
+
+
 @pytest.mark.parametrize(("lanes", "piece"), [(1, 64), (5, 7), (1000, 1000)])
 def test_neither_lanes_nor_pieces_change_a_score(lanes: int, piece: int) -> None:
     found = evaluate_articles(*_model("mamba"), _articles(), CONTEXTS, lanes=lanes, piece=piece)
@@ -197,7 +218,9 @@ def test_lanes_begin_windows_at_the_start_of_a_batch(lanes: int, piece: int) -> 
                 read[lane].append((part.window, [], []))
             window, inputs, targets = read[lane][-1]
             assert window is part.window
-            assert present.tolist() == list(range(len(inputs), len(inputs) + part.size))
+            read_here = min(part.size + part.is_last, piece)
+            assert present.tolist() == list(range(len(inputs), len(inputs) + read_here))
+            assert batch["tokens"][lane, :read_here].tolist() == window.tokens[len(inputs) :][:read_here].tolist()
             assert part.is_last or part.size == piece, "only the end of a window is ragged"
             inputs += batch["tokens"][lane, : part.size].tolist()
             targets += batch["targets"][lane, part.scored].tolist()

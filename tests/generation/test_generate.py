@@ -35,7 +35,7 @@ def _drawn(family: str) -> np.ndarray:
     return generate(*tiny(family), PROMPTS, 24, **DRAWN)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "baka"])
 def test_greedy_tokens_are_those_of_full_passes(family: str) -> None:
     model, params = tiny(family)
     new = _greedy(family)
@@ -56,7 +56,9 @@ def test_a_row_is_what_its_prompt_gives_alone() -> None:
     np.testing.assert_array_equal(generate(model, params, PROMPTS[:1], 24, **DRAWN)[0], _drawn("mamba")[0])
 
 
-@pytest.mark.parametrize(("family", "chunk"), [("mamba", 1), ("mamba", 16), ("mamba", 23), ("mamba2", 16), ("gpt2", 7)])
+@pytest.mark.parametrize(
+    ("family", "chunk"), [("mamba", 1), ("mamba", 16), ("mamba", 23), ("mamba2", 16), ("gpt2", 7), ("baka", 5)]
+)
 def test_prompts_read_in_chunks_give_the_same(family: str, chunk: int) -> None:
     np.testing.assert_array_equal(generate(*tiny(family), PROMPTS, 24, prefill_chunk=chunk), _greedy(family))
 
@@ -134,14 +136,14 @@ def test_an_untied_head_is_used() -> None:
     np.testing.assert_array_equal(np.argmax(full_logits(model, params, sequence)[0, 2:14, :VOCAB], axis=-1), new[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "baka"])
 def test_layers_apart_and_stacked_layers_step_alike(family: str) -> None:
     model, params = tiny(family)
     step = jax.jit(decode_step, static_argnames="model")
     results = []
     for limit in (0, 2**30):
         decoder = make_decoder(model, params, limit)
-        assert isinstance(decoder.params["layers"], tuple) == (limit > 0)
+        assert isinstance(decoder.params.get("apart", decoder.params["layers"]), tuple) == (limit > 0)
         state = unstack_state(decoder, model.init_state(2))
         for token in (3, 7, 11):
             logits, state = step(model, decoder, jnp.array([token, token + 1]), state)

@@ -21,7 +21,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(FIELDS)
 FIELDS["baka"] = {"n_heads": 2, "d_mlp": 24, "n_ctx": 8, "n_pauses": 2, "n_rmt_tokens": 2, "d_state": 4}
 """Not among ``FAMILIES``, whose documents may begin anywhere in a row."""
-SCALES = {"gpt2": 2.0, "gss": 3.0}
+SCALES = {"baka": 2.0, "gpt2": 2.0, "gss": 3.0}
 """Mean of the norms' scales, 0 where not given. Against a bias in the last norm a small one would always lose."""
 
 

@@ -201,6 +201,67 @@ def test_memory_and_cache_carry_information_and_gradients_across_chunks() -> Non
         assert float(jnp.abs(jax.jit(jax.grad(last))(table[63])).max()) > 1e-6, switches
 
 
+def test_dropout_is_drawn_for_every_chunk() -> None:
+    """Two chunks of the same tokens that know nothing of each other differ by their dropout alone, lanes with positions too."""
+    fields = {**TINY, "n_pauses": 0, "n_rmt_tokens": 0, "xl_layer": "none", "mamba_every": 0, "n_layers": 1}
+    model, variables = _built(BakaConfig(**fields, dropout=0.5))
+    tokens = jnp.tile(_tokens(model.config, 1, 8), (1, 2))
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def chunks(positions: Any, deterministic: bool, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, _ = model.apply(
+            variables, tokens, positions=positions, deterministic=deterministic, rngs={"dropout": key}
+        )
+        return logits[0, :8], logits[0, 8:]
+
+    for positions in (None, jnp.arange(16)[None]):
+        exact, same = chunks(positions, True, jax.random.key(1))
+        assert_close(exact, same, 1e-6)
+        first, second = chunks(positions, False, jax.random.key(1))
+        other, _ = chunks(positions, False, jax.random.key(2))
+        for drawn in (exact, second, other):
+            assert not np.allclose(first, drawn, atol=1e-3)
+
+
+def test_a_new_state_can_be_donated() -> None:
+    """No array of it is there twice."""
+    state = ssm_jax.build(PUBLISHED).init_state(2)
+    jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("init", ["torch", "kaiming_normal"])
+def test_initialisation_is_the_published_one(init: str) -> None:
+    """Products: variance 1 / (3 fan_in), normal or uniform, a step's fan-in being that of its four inputs; gates uniform in either
+    case; N(0, 1) for embedding, pause and memory."""
+    fields = {
+        **TINY,
+        "d_model": 32,
+        "d_mlp": 48,
+        "n_rmt_tokens": 32,
+        "mamba_every": 0,
+        "step": "nstep4",
+        "gate": "relu",
+    }
+    model = ssm_jax.build("baka", **fields, n_layers=2, init=init, step_shared=init == "torch")
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    layers = params["layers"]
+    layer = layers["units"]["members_0"]
+    step = layers["step"] if init == "torch" else layer["step"]["proj"]["kernel"]
+    products = [(layer["mixer"][f"{name}_proj"]["kernel"], 32) for name in ("q", "k", "v", "out")]
+    products += [
+        (layer["mlp"][f"{name}_proj"]["kernel"], inputs) for name, inputs in (("up", 32), ("gate", 32), ("down", 48))
+    ]
+    gates = [(layer[f"{name}_gate"]["kernel"], 32) for name in ("mixer", "mlp", "step")]
+    for number, (kernel, fan_in) in enumerate([*products, (step, 128), *gates]):
+        normal = init == "kaiming_normal" and number <= len(products)
+        assert abs(float(jnp.std(kernel)) * (3 * fan_in) ** 0.5 - 1) < 0.06
+        assert (float(jnp.abs(kernel).max()) * fan_in**0.5 > 1.2) == normal
+    for leaf in (params["embed"]["embedding"], layers["memory"]):
+        assert abs(float(jnp.std(leaf)) - 1) < 0.06
+    assert 0.7 < float(jnp.std(layers["pause"])) < 1.3
+
+
 def test_published_sizes() -> None:
     """Counted as the original's parameters, which hold the 32 rotary frequencies of every layer; here they are constants."""
     sizes = {"celp18": 182_929_408, "mamba12": 213_139_584, "rmt12": 190_505_088, "steps": 240_028_032}

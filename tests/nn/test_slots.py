@@ -83,22 +83,23 @@ def test_slots_are_those_of_the_rule(shape: ChunkShape, from_start: bool) -> Non
     lay = functools.partial(
         lay_out, shape, capacity=shape.n_ctx, slots=shape.slots_for(shape.n_ctx), from_start=from_start
     )
-    position = jnp.asarray([c * shape.n_ctx + f for c, f, _ in lanes], jnp.int32)
+    before = 1 if shape.close_calls else shape.n_ctx  # the least that a chunk before can have held
+    position = jnp.asarray([c * before + f for c, f, _ in lanes], jnp.int32)
     slots = jax.jit(lay)(position, jnp.asarray([n for *_, n in lanes], jnp.int32))
     slots = Slots(*(None if x is None else np.asarray(x) for x in slots))
     for lane, (chunk, filled, count) in enumerate(lanes):
         first = chunk == 0
         if shape.close_calls:
-            before, after = [], _chunk(shape, count, first) if count else []
+            stood, after = [], _chunk(shape, count, first) if count else []
         else:
-            before, after = _open(shape, filled, first), _open(shape, filled + count, first)
-        assert after[: len(before)] == before
-        assert _described(slots, lane, filled) == _numbered(after[len(before) :])
+            stood, after = _open(shape, filled, first), _open(shape, filled + count, first)
+        assert after[: len(stood)] == stood
+        assert _described(slots, lane, filled) == _numbered(after[len(stood) :])
         assert slots.end_B[lane] == (len(after) if count else 0)
         assert slots.closed_B[lane] == (count > 0 and (shape.close_calls or filled + count == shape.n_ctx))
         assert slots.fresh_B[lane] == first
         assert not slots.closed_B[lane] or slots.length_B[lane] == len(after)
-        assert slots.start_B is None or slots.start_B[lane] == len(before)
+        assert slots.start_B is None or slots.start_B[lane] == len(stood)
 
 
 @pytest.mark.parametrize(("pauses", "places"), [(8, [0, 64, 128, 192, 256, 320, 384, 448]), (0, [])])
