@@ -3,10 +3,11 @@
     pip install jax-cuda13-plugin==V jax-cuda13-pjrt==V    (V: the version of jax, 0.11 or later; no GPU, no driver)
     python -m benchmarks.baka_memory
 
-A step is loss, gradients and AdamW on 8 windows of 2,048 tokens: parameters, moments and activations in bfloat16, as its author
-trained on a laptop with 16 GB, states and softmax in float32. ``celp18`` is the network of the comparison with Pythia, ``steps``
-that of the post on gates, with elephants and gates on y - x, which the author could not fit. Each with and without recomputing
-layers in the backward pass, and with an elephant that JAX differentiates in place of ours; beside these what one elephant keeps.
+A step is loss, gradients and AdamW on 8 windows of 2,048 tokens, with positions as lanes of articles have them: parameters, moments
+and activations in bfloat16, as its author trained on a laptop with 16 GB, states and softmax in float32. ``celp18`` is the network
+of the comparison with Pythia, ``steps`` that of the post on gates, with elephants and gates on y - x, which the author could not
+fit. Each with and without recomputing layers in the backward pass, and with an elephant that JAX differentiates in place of ours;
+beside these what one elephant keeps.
 Writes benchmarks/results/baka_memory.json.
 """
 
@@ -75,9 +76,9 @@ def _measured(model: LanguageModel, device: SingleDeviceSharding) -> dict[str, f
         moments = optimizer.init(params)
         return params, jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, moments)
 
-    def step(params: Any, moments: Any, tokens: Any, targets: Any) -> Any:
+    def step(params: Any, moments: Any, tokens: Any, targets: Any, positions: Any) -> Any:
         def loss(params: Any) -> Any:
-            features, _ = model.apply({"params": params}, tokens, method="features")
+            features, _ = model.apply({"params": params}, tokens, None, positions, method="features")
             weights = jnp.ones(tokens.shape, jnp.float32)
             total, weight = linear_cross_entropy(features, model.readout(params), targets, weights)
             return total / weight
@@ -89,7 +90,7 @@ def _measured(model: LanguageModel, device: SingleDeviceSharding) -> dict[str, f
     params, moments = place(jax.eval_shape(start, jax.random.key(0)))
     batch = place(jax.ShapeDtypeStruct((BATCH, WINDOW), jnp.int32))
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    compiled = jitted.trace(params, moments, batch, batch).lower(lowering_platforms=("cuda",)).compile()
+    compiled = jitted.trace(params, moments, batch, batch, batch).lower(lowering_platforms=("cuda",)).compile()
     memory = compiled.memory_analysis()
     arguments, rest = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     rest += memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -95,8 +95,7 @@ def _next_part(part: Part | None, waiting: Iterator[Window], piece: int) -> Part
 def _row(part: Part | None, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tokens, targets, positions = (np.full(piece, fill, np.int32) for fill in (0, 0, -1))
     if part is None:
-        # One token from nowhere: every lane of every batch either begins or goes on after whole pieces, which is all that a family
-        # with chunks of its own can read side by side.
+        # One token from nowhere, so that an idle lane begins anew in every batch and its state never grows old.
         positions[0] = 0
         return tokens, targets, positions
     window, start, size = part

@@ -75,6 +75,7 @@ class HarnessModel(LM):
                 continue
             window = min(_WINDOW, 1 << (len(ids) - 1).bit_length())
             if limit is None:
+                window = registry.whole_chunks(self._model.config, window)
                 batches = documents.endless([[ids]], window)
             else:
                 window = min(window, limit)

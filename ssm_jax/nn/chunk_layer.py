@@ -36,7 +36,8 @@ class ChunkLayer(nn.Module):
         mixer: attention within chunks. mlp: the perceptron.
         step: None for none. gate: a key of ``GATES``, None for none. gate_reads: see ``GateInput``.
         mamba: any mixer ``(x, state, positions) -> (y, state)``, after its own norm; None for none. A chunk begins with a fresh
-            state, as published; with ``mamba_carried`` it goes on from the chunk before.
+            state, as published. With ``mamba_carried`` it goes on from the chunk before, at positions that begin again: for mixers
+            that do not turn anything by them.
         cache: whether attention reads its own layer's cache ("same"), that of the layer below ("below", nothing in the first
             layer), or none.
     """

@@ -54,13 +54,13 @@ def _slope(x: Array, width: float, power: float) -> Array:
 
 
 def _backward(width: float, power: float, x: Array, d_out: Array) -> tuple[Array]:
-    return ((d_out * _slope(x, width, power)).astype(x.dtype),)
+    return ((_slope(x, width, power) * d_out).astype(x.dtype),)
 
 
 def _gated_backward(width: float, power: float, inputs: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     y, gate = inputs
     d_y = d_out * elephant(gate, width, power)
-    return d_y, (d_out * y * _slope(gate, width, power)).astype(gate.dtype)
+    return d_y, (_slope(gate, width, power) * d_out * y).astype(gate.dtype)
 
 
 elephant.defvjp(lambda x, width, power: (elephant(x, width, power), x), _backward)

@@ -21,7 +21,7 @@ from ssm_jax.typing import PyTree
 Name = Literal["adamw", "lion", "adafactor", "muon"]
 
 MATRICES = (r"(^|/)\w*_proj/kernel$",)
-"""What Muon orthogonalises. Not the embedding, the head, convolutions, or the thin factors of a low-rank product."""
+"""What Muon orthogonalises. Not the embedding, the head, convolutions, gates, steps, or the thin factors of a low-rank product."""
 
 _ADAM_RMS = 0.2
 _STACK = "layers"
