@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook("ssm_jax", "beartype.beartype")
+
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 15_000

@@ -67,8 +67,7 @@ class TestBaka(ModelConformance):
         positions = jnp.arange(12)[None]
 
         def one_after_another(variables: Any) -> jax.Array:
-            _, state = model.apply(variables, tokens[:1])
-            first, _ = model.apply(variables, tokens[:1])
+            first, state = model.apply(variables, tokens[:1])
             second, _ = model.apply(variables, tokens[1:], state=state, positions=positions)
             return _loss(jnp.concatenate([first, second]))
 
@@ -141,7 +140,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+OFTEN = ("steps", "step4_through_the_cache", "uneven_stride")
+"""Switches that the default run tests; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [pytest.param(s, id=name, marks=() if name in OFTEN else pytest.mark.slow) for name, s in SWITCHES.items()],
+)
 def test_every_switch_may_be_split_anywhere(switches: dict[str, Any]) -> None:
     model, variables = _built(BakaConfig(**{**TINY, "n_layers": 2, "mamba_every": 1} | switches))
     tokens = _tokens(model.config, 2, 21)
