@@ -316,3 +316,12 @@ def test_names_of_the_original_are_accepted() -> None:
         9,
         2,
     )
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_layers_are_computed_again_where_that_is_asked_for(remat: str) -> None:
+    model = ssm_jax.build(PUBLISHED, remat=remat)
+    tokens = jnp.zeros((1, 9), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    program = str(jax.make_jaxpr(lambda variables: model.apply(variables, tokens)[0])(variables))
+    assert ("checkpoint" in program or "remat" in program) == (remat != "none")

@@ -1,5 +1,7 @@
 """Attention to keys in several arrays equals attention to all of them in one."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,9 +69,11 @@ def test_gradients_equal_those_of_one_softmax() -> None:
             scores = jnp.where(seen[:, None], jnp.einsum("bthp,bhsp->bhts", q, k) / 2, -jnp.inf)
             return jnp.einsum("bhts,bhsq->bthq", jax.nn.softmax(scores), v)
 
-        def loss(function: object, q: jax.Array, keys: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        def loss(
+            function: Callable[..., jax.Array], q: jax.Array, keys: list[tuple[jax.Array, jax.Array]]
+        ) -> jax.Array:
             whole = [Part(k, v, part.seen_BTS) for (k, v), part in zip(keys, parts, strict=True)]
-            return jnp.sum(jnp.sin(function(q, whole)))  # type: ignore[operator]
+            return jnp.sum(jnp.sin(function(q, whole)))
 
         keys = [(part.k_BHSP, part.v_BHSQ) for part in parts]
         gradient = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)
