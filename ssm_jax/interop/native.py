@@ -47,7 +47,7 @@ def read_native(path: Path, shardings: Any, overrides: dict[str, Any]) -> tuple[
         config = config_from_dict(store.read_info(checkpoint.find_checkpoint(path))["model"])
         shardings = shardings(abstract_params(build(config, **overrides)))
     stored = {key: value for key, value in overrides.items() if key != "param_dtype"}
-    model, params = checkpoint.load_model(path, shardings=shardings, **stored)
+    model, params = checkpoint.load_model(path, shardings=shardings, overrides=stored)
     if overrides.get("param_dtype", model.config.param_dtype) == model.config.param_dtype:
         return model, params
     model = build(model.config, param_dtype=overrides["param_dtype"])

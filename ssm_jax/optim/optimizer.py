@@ -1,7 +1,5 @@
 """The optimizer as an Optax chain: clip, direction, masked decay, learning rate, with a guard against non-finite gradients."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,75 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from ssm_jax.optim import directions, schedules
+from ssm_jax.optim.config import NO_DECAY, OptimConfig
 from ssm_jax.optim.partition import paths
 from ssm_jax.typing import Params, PyTree
-
-NO_DECAY = (
-    r"(^|/)A_log$",
-    r"(^|/)(Lambda|C)_(real|imag)$",
-    r"(^|/)D$",
-    r"(^|/)dt_bias$",
-    r"(^|/)bias$",
-    r"(^|/)scale$",
-)
-"""Weight decay skips A_log, D and dt_bias (mamba_ssm marks them), Lambda and C (as the DSS code does), every other bias and every
-norm. It reaches all kernels, the convolution's included, and the embedding: mamba_ssm marks neither."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with the published Mamba recipe as default.
-
-    Attributes:
-        name: "adamw", "lion", "adafactor" or "muon"; see ``ssm_jax.optim.directions``.
-        lr, final_lr: peak and last learning rate. schedule: see ``ssm_jax.optim.schedules``.
-        warmup_steps, warmup_ratio: length of the warm-up, in steps or as a part of the total; at most one.
-        decay_ratio: the part of a "wsd" schedule, after warm-up, that decays. power: of a "polynomial" one.
-        clip_norm: bound of the global gradient norm, null for none.
-        no_decay: patterns of parameter paths without weight decay.
-        ema: decay of an exponential moving average of the parameters, null for none; evaluation, samples and export use it.
-        freeze, train: patterns of parameter paths to freeze, or the only ones to train; at most one of the two.
-        max_skipped: updates in a row that may be skipped for non-finite gradients before the run stops.
-    """
-
-    name: directions.Name = "adamw"
-    lr: float = 3e-3
-    final_lr: float = 1e-5
-    schedule: schedules.Name = "cosine"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    decay_ratio: float = 0.1
-    power: float = 2.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    no_decay: tuple[str, ...] = NO_DECAY
-    ema: float | None = None
-    freeze: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    max_skipped: int = 10
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; it must be above 0")
-        if not (
-            0 <= self.final_lr < math.inf and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0
-        ):
-            raise ValueError("final_lr and weight_decay must not be negative, beta1 and beta2 must lie in [0, 1)")
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("warmup_steps and warmup_ratio are both set; keep one")
-        if not 0 <= self.warmup_ratio < 1 or self.warmup_steps < 0:
-            raise ValueError("warmup_ratio must lie in [0, 1) and warmup_steps must not be negative")
-        if not 0 < self.decay_ratio <= 1:
-            raise ValueError(f"decay_ratio is {self.decay_ratio}; it must lie in (0, 1]")
-        if self.power <= 0:
-            raise ValueError(f"power is {self.power}; it must be above 0")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be null for none")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping")
 
 
 def learning_rate(config: OptimConfig, step: jax.Array, total: jax.Array) -> jax.Array:

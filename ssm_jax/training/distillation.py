@@ -10,7 +10,7 @@ from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
 from ssm_jax.ops import linear_cross_entropy, linear_distillation
 from ssm_jax.training.config import DistillConfig
-from ssm_jax.training.losses import Batch, Objective, Sums, features, with_gradient
+from ssm_jax.training.losses import AppliedModel, Batch, Objective, Sums, features, with_gradient
 from ssm_jax.training.run import Run
 from ssm_jax.typing import Key, Params, PyTree
 
@@ -20,16 +20,16 @@ def fixed(frozen: Params, teacher: Params | None) -> Params:
     return frozen if teacher is None else {"student": frozen, "teacher": teacher}
 
 
-def objective_of(run: Run) -> Objective | None:
-    """The objective of a run with a teacher; None for one without."""
+def objective_of(run: Run, model: AppliedModel) -> Objective | None:
+    """The objective of a run with a teacher; None for one without. ``model``: the student as it is applied."""
     if run.teacher is None:
         return None
     parts, microbatches = sharding.batch_parts(run.mesh), run.config.batch.microbatches
-    return make_objective(run.model, run.teacher.model, run.teacher.config, microbatches, parts)
+    return make_objective(model, run.teacher.model, run.teacher.config, microbatches, parts)
 
 
 def make_objective(
-    student: LanguageModel,
+    student: AppliedModel,
     teacher: LanguageModel,
     config: DistillConfig,
     microbatches: int = 1,

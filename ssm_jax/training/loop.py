@@ -5,19 +5,22 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ssm_jax import distributed, sharding
+from ssm_jax.checkpoint import store
+from ssm_jax.checkpoint.model import CHECKPOINTS
 from ssm_jax.config import to_dict
 from ssm_jax.data.packing import Row
 from ssm_jax.data.pipeline import batches
 from ssm_jax.errors import UserError
+from ssm_jax.optim.relora import Spec
 from ssm_jax.training import carry as carry_lib
-from ssm_jax.training import distillation, saving, summary
+from ssm_jax.training import distillation, low_rank, saving, summary
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.config import RunConfig, interval
@@ -32,7 +35,7 @@ from ssm_jax.training.state import TrainState
 from ssm_jax.training.step import abstract_batch, compile_step, make_step
 from ssm_jax.training.teacher import load_teacher, tables_for
 from ssm_jax.training.tracing import Tracer
-from ssm_jax.training.validation import make_evaluation
+from ssm_jax.training.validation import Scores, make_evaluation
 from ssm_jax.typing import Params
 
 _WARM_STEPS, _TIMED_STEPS = 2, 10
@@ -51,24 +54,28 @@ def train(config: RunConfig) -> dict[str, Any]:
     run = run_lib.prepare(config)
     config, model, mesh = run.config, run.model, run.mesh
     lanes = carried_lanes(config)
-    shapes, frozen_shapes = state_lib.abstract(model, config.optim, mesh, lanes)
+    low_rank.require_length(config, None if config.train.time_budget_s is not None else _steps(run, Meter()))
     run_lib.check_folder(run)
-    restored = saving.restore(run.folder, shapes, frozen_shapes, saving.lanes_of(run))
+    spec = _first_spec(run)
+    shapes, frozen_shapes = low_rank.stored_shapes(model, config, mesh, spec)
+    restored = saving.restore(run.folder, shapes, frozen_shapes, saving.lanes_of(run), spec)
     params = run_lib.initial_params(run) if restored is None else None
     teacher = load_teacher(run.teacher, mesh)
     run_lib.describe_in_folder(run)
     if restored is None:
         saving.begin(run)
 
+    master = None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.train.max_seconds))
         progress = stack.enter_context(TrainingProgress())
         progress.note(summary.headline(run, shapes, frozen_shapes))
         if mesh.size > 1:
-            progress.note(sharding.describe(shapes.params, mesh))
+            progress.note(sharding.describe(shapes.params, mesh, state_lib.parameter_axes(shapes.params, spec)))
 
         if restored is not None:
             state, frozen, meter, changed = restored
+            frozen, master = low_rank.rounded(frozen, config.optim, spec)
             total_steps = _steps(run, meter) or int(state.total_steps)
             state = _with_total_steps(state, total_steps)
             finished = meter.step >= total_steps and summary.read(run.folder).get("steps") == meter.step
@@ -80,28 +87,21 @@ def train(config: RunConfig) -> dict[str, Any]:
                 state = dataclasses.replace(state, carry=carry_lib.empty_on(model, lanes, mesh))
                 progress.note(f"every lane begins with an empty state: {'; '.join(changed)}")
 
-        compile_started = time.monotonic()
-        objective = distillation.objective_of(run)
-        step = make_step(model, config.optim, config.batch.microbatches, sharding.batch_parts(mesh), objective)
-        batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh, config.data.joined)
-        fixed_shapes = distillation.fixed(frozen_shapes, teacher)
-        train_step = compile_step(step, shapes, fixed_shapes, batch_shapes, mesh)
-        compile_s = time.monotonic() - compile_started
-        progress.note(f"compiled in {compile_s:.1f} s")
+        programs = _programs(run, spec, teacher, progress)
         if restored is None:
             meter = Meter()
-            total_steps = _steps(run, meter) or _steps_in_budget(train_step, run, teacher, progress)
+            total_steps = _steps(run, meter) or _steps_in_budget(programs.step, run, spec, teacher, progress)
             tables = tables_for(run.teacher, teacher)
-            begin = functools.partial(state_lib.initialize, model, config.optim, mesh, config.seed, lanes=lanes)
-            state, frozen = begin(total_steps, params, tables)
+            begin = functools.partial(state_lib.initialize, model, config.optim, mesh, config.seed)
+            state, frozen = begin(total_steps, params, tables, lanes, spec)
+            frozen, master = low_rank.rounded(frozen, config.optim, spec)
             params = tables = None
 
-        evaluate = make_evaluation(run)
         every = _intervals(config, total_steps)
         log = stack.enter_context(MetricsLog(run.folder, meter.step, config.log, to_dict(config)))
         tracer = stack.enter_context(Tracer(run.folder, config.train.profile))
-        flops = summary.flops_per_step(run)
         rows = _rows(run, meter.rows)
+        cadence = low_rank.Cadence(config.optim.relora)
         fixed = distillation.fixed(frozen, teacher)
         scores: dict[str, float] = {}
         done = saved = meter.step
@@ -109,7 +109,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         def read(metrics: dict[str, jax.Array]) -> None:
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            row = meter.row(meter.step + 1, values, config.batch.size, flops)
+            row = meter.row(meter.step + 1, values, config.batch.size, programs.flops)
             if row["step"] % config.log.every == 0 or row["step"] == total_steps:
                 log.write(row)
             progress.update(row)
@@ -118,10 +118,26 @@ def train(config: RunConfig) -> dict[str, Any]:
         progress.start(done, total_steps)
         meter.restart()
         while done < total_steps and not stop.at(done):
+            change = cadence.before(done, state)
+            if change is not None:
+                if unread is not None:
+                    read(unread)
+                    unread = None
+                if change == "begin":
+                    spec = run.spec
+                    state, frozen, master = low_rank.begin(state, frozen, model, config, mesh, spec)
+                    programs = _programs(run, spec, teacher, progress)
+                else:
+                    state, frozen, master, found = low_rank.merge(state, frozen, master, config.optim, spec)
+                    log.write(
+                        {"step": done + 1, **found}
+                    )  # the update that it belongs to, which a resumed run does again
+                fixed = distillation.fixed(frozen, teacher)
+                meter.restart()
             with meter.waiting("data_s"):
                 batch = sharding.put_batch(next(rows), mesh)
             tracer.before(done + 1)
-            state, metrics = train_step(state, fixed, batch)
+            state, metrics = programs.step(state, fixed, batch)
             done += 1
             tracer.after(done, metrics)
             if unread is not None:
@@ -133,26 +149,60 @@ def train(config: RunConfig) -> dict[str, Any]:
             if due:
                 read(unread)
                 unread = None
-                if "eval" in due and evaluate is not None:
-                    scores = evaluate(state.average, frozen)
+                if "eval" in due and programs.evaluate is not None:
+                    scores = programs.evaluate(state.average, frozen)
                     log.write({"step": done, **scores})
                     progress.note(f"step {done}, held out: {summary.describe_scores(scores)}")
                 if "checkpoint" in due:
-                    saving.save(run, state, frozen, meter)
+                    saving.save(run, state, low_rank.stored(frozen, master), meter, spec)
                     saved = done
-                if "sample" in due:  # after the checkpoint: whatever a sample meets, the steps up to here are kept
-                    write_samples(run, state, frozen, log, progress)
+                if "sample" in due and config.sample.prompts:  # after the checkpoint: the steps up to here are kept
+                    write_samples(run, done, low_rank.whole_params(state, frozen, spec), log, progress)
                 meter.restart()
         if unread is not None:
             read(unread)
         if saved < done:
-            saving.save(run, state, frozen, meter)
-        if done == total_steps and not scores and evaluate is not None:  # killed between the last save and the summary
-            scores = evaluate(state.average, frozen)
+            saving.save(run, state, low_rank.stored(frozen, master), meter, spec)
+        if done == total_steps and not scores and programs.evaluate is not None:  # killed between last save and summary
+            scores = programs.evaluate(state.average, frozen)
         if done < total_steps:
             progress.note(f"stopped at step {done} of {total_steps}; the same command goes on from there")
-        measured = {**scores, "compile_s": compile_s, "session_s": time.monotonic() - started}
-        return summary.write(run, state, frozen, meter, train_step, measured)
+        measured = {**scores, "compile_s": programs.compile_s, "session_s": time.monotonic() - started}
+        return summary.write(run, state, frozen, meter, programs.step, measured)
+
+
+class _Programs(NamedTuple):
+    """What is compiled for ordinary training or for low-rank paths, and the operations of a step."""
+
+    step: jax.stages.Compiled
+    evaluate: Callable[[Params, Params], Scores] | None
+    flops: dict[str, float]
+    compile_s: float
+
+
+def _programs(run: Run, spec: Spec | None, teacher: Params | None, progress: TrainingProgress) -> _Programs:
+    started, config, mesh = time.monotonic(), run.config, run.mesh
+    model = low_rank.applied_model(run.model, config.optim, spec)
+    objective = distillation.objective_of(run, model)
+    parts = sharding.batch_parts(mesh)
+    step = make_step(run.model, config.optim, config.batch.microbatches, parts, objective, spec)
+    shapes, frozen_shapes = state_lib.abstract(run.model, config.optim, mesh, carried_lanes(config), spec)
+    frozen_shapes, _ = low_rank.rounded(frozen_shapes, config.optim, spec)
+    batch_shapes = abstract_batch(config.batch.size, run.data.seq_len, mesh, config.data.joined)
+    compiled = compile_step(step, shapes, distillation.fixed(frozen_shapes, teacher), batch_shapes, mesh)
+    compile_s = time.monotonic() - started
+    progress.note(("" if spec is None else f"{low_rank.describe(spec)}, ") + f"compiled in {compile_s:.1f} s")
+    return _Programs(compiled, make_evaluation(run, model), summary.flops_per_step(run, spec), compile_s)
+
+
+def _first_spec(run: Run) -> Spec | None:
+    """Of the low-rank paths that the run begins, or goes on, with; None where it trains at full rank first, or for good."""
+    relora = run.config.optim.relora
+    if relora is None:
+        return None
+    if store.steps(run.folder / CHECKPOINTS):
+        return run.spec if saving.holds_low_rank_paths(run.folder) else None
+    return None if relora.warm_start else run.spec
 
 
 def _rows(run: Run, start_row: int) -> Iterator[Row]:
@@ -181,11 +231,12 @@ def _steps(run: Run, meter: Meter) -> int | None:
 
 
 def _steps_in_budget(
-    train_step: jax.stages.Compiled, run: Run, teacher: Params | None, progress: TrainingProgress
+    train_step: jax.stages.Compiled, run: Run, spec: Spec | None, teacher: Params | None, progress: TrainingProgress
 ) -> int:
     """How many steps fit into ``train.time_budget_s``, from a few timed ones on a state that is thrown away."""
-    lanes = carried_lanes(run.config)
-    state, frozen = state_lib.initialize(run.model, run.config.optim, run.mesh, run.config.seed, 1, lanes=lanes)
+    lanes, optim_config = carried_lanes(run.config), run.config.optim
+    state, frozen = state_lib.initialize(run.model, optim_config, run.mesh, run.config.seed, 1, lanes=lanes, spec=spec)
+    frozen, _ = low_rank.rounded(frozen, optim_config, spec)
     fixed, batch = distillation.fixed(frozen, teacher), sharding.put_batch(next(_rows(run, 0)), run.mesh)
     started = 0.0
     for i in range(_WARM_STEPS + _TIMED_STEPS):
@@ -196,7 +247,7 @@ def _steps_in_budget(
     jax.block_until_ready(state)
     step_s = (time.monotonic() - started) / _TIMED_STEPS
     budget = run.config.train.time_budget_s or 0.0
-    steps = distributed.from_main(max(1, int(budget / step_s)))
+    steps = distributed.from_main(low_rank.whole_cycles(optim_config, max(1, int(budget / step_s))))
     progress.note(f"a step takes {step_s:.3f} s: {steps} steps fit into {budget:g} s")
     return steps
 

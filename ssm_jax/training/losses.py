@@ -9,8 +9,12 @@ from jaxtyping import Array, Float, Int
 from ssm_jax import optim
 from ssm_jax.models import LanguageModel
 from ssm_jax.ops import linear_cross_entropy
+from ssm_jax.optim.relora import Wrapped
 from ssm_jax.training.carry import going_on
 from ssm_jax.typing import Activations, Key, Params, PyTree
+
+AppliedModel = LanguageModel | Wrapped
+"""A model, or one with low-rank paths, whose parameters hold these beside the kernels."""
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, positions int32 and weights float32, all [B, L]; without positions a row is one document."""
@@ -24,7 +28,7 @@ being that of the sum of "loss" with respect to ``trainable``. ``carry``: the re
 constant; None where every row begins with an empty one."""
 
 
-def next_token_objective(model: LanguageModel, batch_shards: int = 1) -> Objective:
+def next_token_objective(model: AppliedModel, batch_shards: int = 1) -> Objective:
     """``next_token_loss`` and nothing else."""
 
     def loss_sum(
@@ -53,7 +57,7 @@ def with_gradient(
 
 
 def next_token_loss(
-    model: LanguageModel,
+    model: AppliedModel,
     params: Params,
     batch: Batch,
     dropout_key: Key | None = None,
@@ -78,7 +82,7 @@ def seen(row: Mapping[str, Any], joined: bool) -> dict[str, Any]:
 
 
 def features(
-    model: LanguageModel, params: Params, batch: Batch, dropout_key: Key | None = None, carry: PyTree = None
+    model: AppliedModel, params: Params, batch: Batch, dropout_key: Key | None = None, carry: PyTree = None
 ) -> tuple[Activations, PyTree]:
     """Final hidden states of a batch, and the state of every row after it where a ``carry`` is given that rows go on from. Without
     one every row begins with an empty state, and None is returned."""

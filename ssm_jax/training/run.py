@@ -26,6 +26,8 @@ from ssm_jax.interop import from_pretrained, model_of
 from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models import LanguageModel, build, config_from_dict, config_to_dict
 from ssm_jax.models.registry import context_limit, family_name, restarts_within_calls
+from ssm_jax.optim.relora import Spec
+from ssm_jax.training import low_rank
 from ssm_jax.training.config import RunConfig, SampleConfig
 from ssm_jax.training.lanes import Lanes, open_lanes, require_lanes_for_carry
 from ssm_jax.training.teacher import Teacher, open_teacher
@@ -37,7 +39,7 @@ CONFIG, IDENTITY, TOKENIZER = "config.yaml", "identity.yaml", "tokenizer"
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run works with. ``config`` is resolved; ``held_out`` are the validation splits, and ``teacher``, if there are any;
-    ``lanes`` where it reads whole articles."""
+    ``lanes`` where it reads whole articles; ``spec`` where it trains low-rank paths, in the end."""
 
     config: RunConfig
     folder: Path
@@ -48,6 +50,7 @@ class Run:
     model: LanguageModel
     teacher: Teacher | None = None
     lanes: Lanes | None = None
+    spec: Spec | None = None
 
 
 def prepare(config: RunConfig) -> Run:
@@ -79,7 +82,8 @@ def prepare(config: RunConfig) -> Run:
     tokenizer = load_tokenizer(data.path)
     _require_room_for_samples(config.sample, model, tokenizer)
     lanes = open_lanes(config, data, held_out, context_limit(model.config))
-    return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher, lanes)
+    spec = low_rank.plan(model, config.optim)
+    return Run(config, Path(config.output), mesh, data, held_out, tokenizer, model, teacher, lanes, spec)
 
 
 def _require_carried_states(model: LanguageModel) -> None:

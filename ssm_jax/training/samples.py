@@ -5,22 +5,21 @@ import itertools
 import jax
 import numpy as np
 
-from ssm_jax import distributed, optim
+from ssm_jax import distributed
 from ssm_jax.generation import generate
 from ssm_jax.training.metrics import MetricsLog
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.run import Run
-from ssm_jax.training.state import TrainState
 from ssm_jax.typing import Params
 
 
-def write_samples(run: Run, state: TrainState, frozen: Params, log: MetricsLog, progress: TrainingProgress) -> None:
+def write_samples(run: Run, step: int, params: Params, log: MetricsLog, progress: TrainingProgress) -> None:
     """Continues each configured prompt and shows and logs the result. The same step always draws the same."""
-    settings, tokenizer, step = run.config.sample, run.tokenizer, int(state.step)
+    settings, tokenizer = run.config.sample, run.tokenizer
     if not settings.prompts:
         return
     prompts = [np.concatenate([[tokenizer.eos_id], tokenizer.encode(prompt)]) for prompt in settings.prompts]
-    params = distributed.local_copy(optim.merge(state.average, frozen), run.mesh)
+    params = distributed.local_copy(params, run.mesh)
     if not distributed.is_main():
         return
     new_tokens = generate(

@@ -1,4 +1,7 @@
-"""A train state as a checkpoint: parameters, optimizer, step, RNG key, carried state, data position; frozen leaves once."""
+"""A train state as a checkpoint: parameters, optimizer, step, RNG key, carried state, data position.
+
+Frozen leaves lie beside the checkpoints, once; those that have low-rank paths change with every merge, and are in each.
+"""
 
 import dataclasses
 import shutil
@@ -8,9 +11,11 @@ from typing import Any, NamedTuple
 
 from ssm_jax import checkpoint, distributed
 from ssm_jax.checkpoint import manifest
-from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN, require_frozen
+from ssm_jax.checkpoint.model import CHECKPOINTS, FROZEN, LOW_RANK, require_frozen
 from ssm_jax.checkpoint.store import write_folder
-from ssm_jax.errors import CheckpointError
+from ssm_jax.errors import CheckpointError, ConfigError
+from ssm_jax.optim.relora import Spec
+from ssm_jax.optim.relora.trees import flat
 from ssm_jax.training.lanes import carried_from
 from ssm_jax.training.metrics import Meter
 from ssm_jax.training.run import Run, differences, identity
@@ -32,22 +37,31 @@ def lanes_of(run: Run) -> dict[str, Any] | None:
     return carried_from(identity(run.config, run.data), run.config)
 
 
-def save(run: Run, state: TrainState, frozen: Params, meter: Meter) -> Path:
-    """Writes the checkpoint of the step the meter stands at, and drops old ones."""
+def save(run: Run, state: TrainState, frozen: Params, meter: Meter, spec: Spec | None = None) -> Path:
+    """Writes the checkpoint of the step the meter stands at, and drops old ones. ``spec``: of the low-rank paths in it."""
     root, config = run.folder / CHECKPOINTS, run.config
-    if frozen and not distributed.from_main(int(checkpoint.is_checkpoint(root / FROZEN))):
-        write_folder(root / FROZEN, {"params": frozen}, {})
+    beside = frozen if spec is None else {}
+    if beside and not distributed.from_main(int(checkpoint.is_checkpoint(root / FROZEN))):
+        write_folder(root / FROZEN, {"params": beside}, {})
     info = {
         "counts": meter.counts(),
         "model": config.model,
         "freeze": list(config.optim.freeze),
         "train": list(config.optim.train),
         "ema": config.optim.ema,
-        "frozen": manifest.digest(root / FROZEN) if frozen else None,
+        "frozen": manifest.digest(root / FROZEN) if beside else None,
         **({"carry": lanes_of(run)} if state.carry is not None else {}),
+        **({LOW_RANK: {**spec.to_dict(), "frozen_dtype": _dtype_of(frozen, spec)}} if spec is not None else {}),
     }
+    items = _items(state) | ({} if spec is None else {"frozen": frozen})
     keep = config.checkpoint
-    return checkpoint.save(root, meter.step, _items(state), info, keep.keep, keep.keep_every)
+    return checkpoint.save(root, meter.step, items, info, keep.keep, keep.keep_every)
+
+
+def holds_low_rank_paths(folder: Path) -> bool:
+    """Whether there are any in the last good checkpoint."""
+    newest = checkpoint.latest_good(folder / CHECKPOINTS, set_aside=True)
+    return newest is not None and LOW_RANK in checkpoint.store.read_info(newest)
 
 
 def begin(run: Run) -> None:
@@ -58,29 +72,37 @@ def begin(run: Run) -> None:
 
 
 def restore(
-    folder: Path, abstract_state: TrainState, abstract_frozen: Params, lanes: Mapping[str, Any] | None = None
+    folder: Path,
+    abstract_state: TrainState,
+    abstract_frozen: Params,
+    lanes: Mapping[str, Any] | None = None,
+    spec: Spec | None = None,
 ) -> Restored | None:
     """State, frozen leaves and counts of the last good checkpoint, on the shardings asked for; None if there is none yet.
 
-    Damaged ones are set aside with a warning. ``lanes``: what a carried state must belong to, see ``lanes_of``.
+    Damaged ones are set aside with a warning. ``lanes``: what a carried state must belong to, see ``lanes_of``. ``spec``: of the
+    low-rank paths in the state.
 
     Raises:
-        CheckpointError: all are damaged, the frozen leaves are, or the arrays do not fit.
+        CheckpointError: all are damaged, the frozen leaves are, or the arrays do not fit. ConfigError: other low-rank paths.
     """
     root = folder / CHECKPOINTS
     newest = checkpoint.latest_good(root, set_aside=True)
     if newest is None:
         return None
-    saved = checkpoint.store.read_info(newest).get("carry")
+    info = checkpoint.store.read_info(newest)
+    _require_same_paths(newest, info, spec)
+    saved = info.get("carry")
     if saved is None or saved != lanes:
         abstract_state = dataclasses.replace(abstract_state, carry=None)
-    items, info = checkpoint.restore(newest, _items(abstract_state))
+    wanted = _items(abstract_state) | ({} if spec is None else {"frozen": abstract_frozen})
+    items, info = checkpoint.restore(newest, wanted)
     if "rows" not in info["counts"]:
         raise CheckpointError(
             f"Checkpoint {newest} does not say how much data was read; it was saved by another version."
         )
-    frozen: Params = {}
-    if abstract_frozen:
+    frozen: Params = items.get("frozen", {})
+    if abstract_frozen and spec is None:
         require_frozen(newest, info)
         frozen = checkpoint.restore(root / FROZEN, {"params": abstract_frozen})[0]["params"]
     fields = {**items["train"], "carry": items.get("carry")}
@@ -91,8 +113,25 @@ def restore(
     return Restored(state, frozen, Meter(**info["counts"]), changed)
 
 
+def _require_same_paths(newest: Path, info: Mapping[str, Any], spec: Spec | None) -> None:
+    stored = info.get(LOW_RANK)
+    if stored is not None and spec is None:
+        raise ConfigError(
+            f"Checkpoint {newest} holds low-rank paths of rank {stored['rank']}, and config section 'optim.relora' is null; set it "
+            "as it was, or start another run from these weights (init_from)."
+        )
+    if stored is not None and spec is not None:
+        spec.require_same(Spec.from_dict(stored))
+
+
+def _dtype_of(frozen: Params, spec: Spec) -> str:
+    return str(flat(frozen)[spec.leaves[0].path].dtype)
+
+
 def _items(state: TrainState) -> dict[str, PyTree]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if state.merges is None:
+        del fields["merges"]  # which older checkpoints do not have
     items = {name: fields.pop(name) for name in ("params", "ema", "carry")}
     items["train"] = {
         **fields,

@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from ssm_jax import optim, sharding
 from ssm_jax.models import LanguageModel
+from ssm_jax.optim import relora
 from ssm_jax.training import carry as carry_lib
-from ssm_jax.training import derived
+from ssm_jax.training import derived, low_rank
 from ssm_jax.training.losses import Batch, Objective, Sums, next_token_objective, seen
 from ssm_jax.training.state import TrainState
 from ssm_jax.typing import Params, PyTree
@@ -27,6 +28,7 @@ def make_step(
     microbatches: int = 1,
     batch_shards: int = 1,
     objective: Objective | None = None,
+    spec: relora.Spec | None = None,
 ) -> Step:
     """``step(state, frozen, batch) -> (state, metrics)``.
 
@@ -42,9 +44,11 @@ def make_step(
     ``microbatches`` splits the lanes (never the time axis) and adds up sums: memory and rounding change, the result does not (but
     dropout draws anew for each).
     ``batch_shards``: over how many devices the lanes are split.
+    ``spec``: of the low-rank paths in the state, see ``state.with_low_rank_paths``; the rate rises anew after each merge.
     """
-    optimizer = optim.make_optimizer(config)
-    objective = next_token_objective(model, batch_shards) if objective is None else objective
+    optimizer = optim.make_optimizer(config) if spec is None else relora.make_optimizer(config, spec)
+    if objective is None:
+        objective = next_token_objective(low_rank.applied_model(model, config, spec), batch_shards)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
@@ -66,7 +70,7 @@ def make_step(
         loss, weight = sums.pop("loss")
         scale = _inverse(weight)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        lr = optim.learning_rate(config, state.step, state.total_steps)
+        lr = _learning_rate(config, state, spec)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=lr)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if config.ema is None else optim.average(state.ema, params, config.ema, state.step)
@@ -87,6 +91,20 @@ def make_step(
         return dataclasses.replace(state, **changed), metrics
 
     return step
+
+
+def _learning_rate(config: optim.OptimConfig, state: TrainState, spec: relora.Spec | None) -> jax.Array:
+    """The schedule at this step of the run, and its teeth where applied updates with low-rank paths end a cycle."""
+    if spec is None or config.relora is None:
+        return optim.learning_rate(config, state.step, state.total_steps)
+    applied, settings = relora.applied_updates(state.opt_state), config.relora
+    first_step = state.step - applied
+
+    def of_run(applied: jax.Array | int) -> jax.Array:
+        return optim.learning_rate(config, first_step + applied, state.total_steps)
+
+    teeth = relora.restarts(of_run, settings.cycle, settings.rewarmup, first=settings.warm_start > 0)
+    return jnp.asarray(teeth(applied))
 
 
 def compile_step(

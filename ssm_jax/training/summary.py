@@ -10,7 +10,9 @@ from typing import Any
 import jax
 
 from ssm_jax import distributed, files
+from ssm_jax.interop.shapes import abstract_params
 from ssm_jax.models.registry import family_of
+from ssm_jax.optim import relora
 from ssm_jax.training.metrics import Meter
 from ssm_jax.training.run import Run
 from ssm_jax.training.state import TrainState
@@ -22,9 +24,11 @@ SUMMARY = "summary.json"
 def headline(run: Run, state: TrainState, frozen: Params) -> str:
     """Model, parameters, batch and devices in one line; arrays or shapes."""
     config = run.config
-    count, fixed = _size(state.params), _size(frozen)
+    count, fixed = _size(abstract_params(run.model)), _size(frozen)
+    paths = _size(state.params) + fixed - count
+    rank = "" if run.spec is None or not paths else f", {paths:,} in low-rank paths of rank {run.spec.rank}"
     parts = [
-        f"{config.model['family']} with {count + fixed:,} parameters" + (f" ({fixed:,} frozen)" if fixed else ""),
+        f"{config.model['family']} with {count:,} parameters" + (f" ({fixed:,} frozen{rank})" if fixed else ""),
         *([] if run.teacher is None else [run.teacher.describe()]),
         f"{config.batch.size} x {run.data.seq_len} tokens per step",
         f"{run.mesh.size} {run.mesh.devices.flat[0].device_kind} device(s)",
@@ -51,7 +55,7 @@ def write(
     content = {
         "finished": meter.step == total_steps,
         "family": run.config.model["family"],
-        "parameters": _size(state.params) + _size(frozen),
+        "parameters": _size(abstract_params(run.model)),
         "trainable_parameters": _size(state.params),
         "steps": meter.step,
         "total_steps": total_steps,
@@ -59,6 +63,7 @@ def write(
         "seconds": meter.seconds,
         "tokens_per_s": meter.tokens / meter.seconds if meter.seconds else None,
         **measured,
+        **({} if state.merges is None else {"merges": int(state.merges)}),
         "memory": {"peak_host_bytes": _peak_host_bytes(), **_compiled_memory(compiled)},
         "devices": {
             "kind": run.mesh.devices.flat[0].device_kind,
@@ -70,7 +75,7 @@ def write(
     }
     flops = flops_per_step(run)
     if meter.seconds:
-        content["model_tflops_per_s"] = flops["step"] * meter.step / meter.seconds / 1e12
+        content["model_tflops_per_s"] = _flops_until(run, meter.step) / meter.seconds / 1e12
         content |= {"mfu": content["model_tflops_per_s"] * 1e12 / flops["peak"]} if "peak" in flops else {}
     if not distributed.is_main():
         return content
@@ -93,16 +98,24 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations per second of a device whose kind contains the name, from the makers' data sheets."""
 
 
-def flops_per_step(run: Run) -> dict[str, float]:
+def flops_per_step(run: Run, spec: relora.Spec | None = None) -> dict[str, float]:
     """``step``: the model's operations in an update, forward and backward (three forward passes; recomputation is not counted, and
-    neither is a teacher).
+    neither is a teacher); with the low-rank paths of ``spec`` see ``relora.train_flops_per_token``.
     ``peak``: what all devices can do in a second in bfloat16, where it is known: their ratio over time is the MFU."""
     tokens = run.config.batch.size * run.data.seq_len
     per_token = family_of(run.model.config).flops_per_token(run.model.config, run.data.seq_len)
     result = {"step": 3.0 * tokens * per_token}
+    if spec is not None:
+        result["step"] = tokens * relora.train_flops_per_token(run.model.config, spec, run.data.seq_len)
     kind = run.mesh.devices.flat[0].device_kind.lower()
     peak = next((value for name, value in PEAK_FLOPS.items() if name in kind), None)
     return result if peak is None else {**result, "peak": peak * run.mesh.size}
+
+
+def _flops_until(run: Run, step: int) -> float:
+    relora_config = run.config.optim.relora
+    full = step if relora_config is None else min(step, relora_config.warm_start)
+    return full * flops_per_step(run)["step"] + (step - full) * flops_per_step(run, run.spec)["step"]
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -14,15 +14,16 @@ from ssm_jax.data.pipeline import evaluation_batches
 from ssm_jax.data.shards import PackedDataset
 from ssm_jax.training import carry as carry_lib
 from ssm_jax.training.lanes import held_out_rows
-from ssm_jax.training.losses import next_token_loss, seen
+from ssm_jax.training.losses import AppliedModel, next_token_loss, seen
 from ssm_jax.training.run import Run
 from ssm_jax.typing import Params, PyTree
 
 Scores = dict[str, float]
 
 
-def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
-    """``evaluate(trainable, frozen)`` over the first ``eval.batches`` microbatches of each validation split, in stored order.
+def make_evaluation(run: Run, model: AppliedModel) -> Callable[[Params, Params], Scores] | None:
+    """``evaluate(trainable, frozen)`` of ``model``, the run's as it is applied, over the first ``eval.batches`` microbatches of
+    each validation split, in stored order.
 
     A run that reads in lanes reads the held-out articles in lanes too, and carries their state if it carries it in training.
 
@@ -41,7 +42,7 @@ def make_evaluation(run: Run) -> Callable[[Params, Params], Scores] | None:
     def sums(
         trainable: Params, frozen: Params, batch: dict[str, jax.Array], carry: PyTree
     ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
-        return next_token_loss(run.model, optim.merge(trainable, frozen), batch, carry=carry)
+        return next_token_loss(model, optim.merge(trainable, frozen), batch, carry=carry)
 
     def rows_of(dataset: PackedDataset) -> Iterator[Row]:
         if run.lanes is not None:

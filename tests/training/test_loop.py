@@ -31,10 +31,9 @@ from ssm_jax.data.sources import TextFile
 from ssm_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from ssm_jax.errors import UserError
 from ssm_jax.evaluation import evaluate_split
-from ssm_jax.training import load_run_config, loop, saving, train
+from ssm_jax.training import load_run_config, loop, low_rank, saving, train
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
-from ssm_jax.training.lanes import carried_lanes
 from ssm_jax.training.metrics import TIMES
 from ssm_jax.training.progress import TrainingProgress
 from ssm_jax.training.validation import scores
@@ -65,8 +64,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def final_arrays(folder: Path) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters, moments, counts, key, carried state."""
     run = run_lib.prepare(load_run_config(folder / "config.yaml", []))
-    shapes = state_lib.abstract(run.model, run.config.optim, run.mesh, carried_lanes(run.config))
-    restored = saving.restore(folder, *shapes, saving.lanes_of(run))
+    spec = run.spec if saving.holds_low_rank_paths(folder) else None
+    shapes = low_rank.stored_shapes(run.model, run.config, run.mesh, spec)
+    restored = saving.restore(folder, *shapes, saving.lanes_of(run), spec)
     assert restored is not None
     assert not restored.changed
     return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in jax.tree.leaves(restored[:2])]

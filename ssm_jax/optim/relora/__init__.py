@@ -26,7 +26,7 @@ from ssm_jax.optim.relora.constants import (
 )
 from ssm_jax.optim.relora.defaults import defaults, selection
 from ssm_jax.optim.relora.intercept import Wrapped, interception, kernels, wrap
-from ssm_jax.optim.relora.merge import is_due, merge_and_reset, merge_with_master
+from ssm_jax.optim.relora.merge import factor_shardings, in_host_memory, is_due, merge_and_reset, merge_with_master
 from ssm_jax.optim.relora.optimizer import (
     accumulator_empty,
     adamw,
@@ -38,7 +38,7 @@ from ssm_jax.optim.relora.optimizer import (
 )
 from ssm_jax.optim.relora.placement import adapter_axes, logical_axes, optimizer_axes
 from ssm_jax.optim.relora.reset import reset_state
-from ssm_jax.optim.relora.schedules import by_name, cyclic_cosine, jagged, jagged_cosine, linear
+from ssm_jax.optim.relora.schedules import by_name, cyclic_cosine, jagged, jagged_cosine, linear, restarts
 from ssm_jax.optim.relora.spec import Kernel, Leaf, Spec, plan
 from ssm_jax.optim.relora.transformation import ReLoRAState, as_transformation
 from ssm_jax.optim.relora.trees import combine, export, init, materialise, partition, split
@@ -76,7 +76,9 @@ __all__ = [
     "cyclic_cosine",
     "defaults",
     "export",
+    "factor_shardings",
     "from_full_rank",
+    "in_host_memory",
     "init",
     "interception",
     "is_due",
@@ -94,6 +96,7 @@ __all__ = [
     "partition",
     "plan",
     "reset_state",
+    "restarts",
     "selection",
     "separate_counters",
     "split",

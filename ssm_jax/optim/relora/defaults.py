@@ -57,13 +57,14 @@ WHY: dict[str, str] = {
 }
 
 
-def defaults(config: Any) -> Callable[[str, Any], Kernel | None]:
-    """``split(params, defaults(model.config), ...)``: the kernels of a family's model, stacked layers as a batch axis.
+def defaults(config: Any, narrow: tuple[str, ...] = ()) -> Callable[[str, Any], Kernel | None]:
+    """``split(params, defaults(model.config), ...)``: the kernels of a family's model, stacked layers as a batch axis; with
+    ``narrow``, those whose path one of these patterns finds.
 
     Raises:
         ConfigError: a config of no family.
     """
-    return selection(KERNELS[family_name(config)])
+    return selection(KERNELS[family_name(config)], narrow)
 
 
 def selection(kernels: tuple[Kernel, ...], narrow: tuple[str, ...] = ()) -> Callable[[str, Any], Kernel | None]:

@@ -24,6 +24,14 @@ from ssm_jax.optim.relora.trees import flat, nested
 from ssm_jax.typing import Key, Params, PyTree
 
 Metrics = dict[str, Float[Array, ""]]
+HOST = "pinned_host"
+
+
+def in_host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The same parts, each in the memory of its device's host; the sharding itself on devices that know no such memory."""
+    device: Any = next(iter(sharding.addressable_devices))
+    known = {memory.kind for memory in device.addressable_memories()}
+    return sharding.with_memory_kind(HOST) if HOST in known else sharding
 
 
 def is_due(applied: Any, cycle: int, merges: Any) -> Any:
@@ -82,8 +90,9 @@ def merge_with_master(
 ) -> tuple[Params, Params, Params, PyTree, Metrics]:
     """``merge_and_reset`` of frozen kernels in low precision, whose changes are summed in a second tree: (master, frozen, ...).
 
-    ``master`` holds the kernels in float32, as NumPy or JAX arrays, on any device: host memory will do, as it is touched at merges
-    only. ``frozen`` becomes its rounded copy, so that small changes are not lost merge by merge; rounding_loss is the master's.
+    ``master`` holds the kernels in float32, as NumPy or JAX arrays, on any device or in host memory (``in_host_memory``), where it
+    stays: it is touched at merges only. ``frozen`` becomes its rounded copy, so that small changes are not lost merge by merge;
+    rounding_loss is the master's.
     """
     how: dict[str, Any] = {"spec": spec, "method": method, "keep": keep, "reset_count": reset_count, "donate": donate}
     merged, *rest = _merge_all(master, frozen, trainable, opt_state, key, **how)
@@ -117,8 +126,10 @@ def _merge_all(
         if masters is None:
             kernels[leaf.path], found = _merge(leaf, spec.scale, kernels[leaf.path], a, b, donate)
         else:
-            masters[leaf.path], found = _merge(leaf, spec.scale, masters[leaf.path], a, b, donate)
-            kernels[leaf.path] = _copied(masters[leaf.path], kernels[leaf.path])
+            home = getattr(masters[leaf.path], "sharding", None)
+            merged, found = _merge(leaf, spec.scale, masters[leaf.path], a, b, donate)
+            kernels[leaf.path] = _copied(merged, kernels[leaf.path])
+            masters[leaf.path] = merged if home is None else jax.device_put(merged, home)
         sums.append(found)
     restarted, opt_state, share = reset(_factors(spec, leaves), opt_state, key)
     changed, lost = (np.sqrt(sum(float(pair[i]) for pair in sums)) for i in (0, 1))
@@ -135,6 +146,8 @@ def _merge(leaf: Leaf, scale: float, kernel: Any, a: Array, b: Array, donate: bo
     if not isinstance(kernel, jax.Array):
         with jax.default_device(jax.devices("cpu")[0]):
             kernel = jnp.asarray(kernel)
+    if kernel.sharding.memory_kind == HOST:
+        kernel = jax.device_put(kernel, kernel.sharding.with_memory_kind(a.sharding.memory_kind))
     if kernel.sharding.device_set != a.sharding.device_set:
         a, b = (jax.device_put(np.asarray(x), next(iter(kernel.devices()))) for x in (a, b))
     unnamed = dataclasses.replace(leaf, path="", dtype="")  # kernels of one shape share a program
@@ -172,6 +185,15 @@ def factor_specs(leaf: Leaf, entries: tuple[Any, ...]) -> tuple[PartitionSpec, P
     """How A and B lie where the kernel's axes lie as ``entries`` say: A like its inputs, B like its outputs, rank whole."""
     batch, inputs, outputs = ([entries[axis] for axis in axes] for axes in (leaf.batch, leaf.inputs, leaf.outputs))
     return PartitionSpec(*batch, *inputs, None), PartitionSpec(*batch, None, *outputs)
+
+
+def factor_shardings(leaf: Leaf, kernel: jax.sharding.Sharding) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
+    """Where A and B lie, given where their kernel lies."""
+    if not isinstance(kernel, NamedSharding):
+        return kernel, kernel
+    entries = (*kernel.spec, *(None,) * (len(leaf.shape) - len(kernel.spec)))
+    a_spec, b_spec = factor_specs(leaf, entries)
+    return NamedSharding(kernel.mesh, a_spec), NamedSharding(kernel.mesh, b_spec)
 
 
 def _copied(master: Array, old: Array) -> Array:

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from ssm_jax.optim import directions
-from ssm_jax.optim.optimizer import OptimConfig
+from ssm_jax.optim.config import OptimConfig
 from ssm_jax.optim.optimizer import make_optimizer as make_full_rank
 from ssm_jax.optim.relora.spec import Spec
 from ssm_jax.typing import PyTree

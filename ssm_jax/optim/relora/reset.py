@@ -6,20 +6,20 @@ did not would move by m / eps, a million learning rates. So one mask serves all 
 """
 
 import zlib
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ssm_jax.errors import ConfigError
+from ssm_jax.optim.config import Reset
 from ssm_jax.optim.relora.constants import KEEP_MAGNITUDE, KEEP_RANDOM
 from ssm_jax.optim.relora.slots import counters, slots
 from ssm_jax.optim.relora.spec import Spec
 from ssm_jax.typing import Key, PyTree
 
-Method = Literal["zero", "keep", "magnitude", "random", "reference", "reference_random"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[str, ...] = get_args(Reset)
 
 
 def reset_state(

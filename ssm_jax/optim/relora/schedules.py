@@ -91,6 +91,23 @@ def jagged(
     return schedule
 
 
+def restarts(inner: Schedule, cycle: int | None, rewarmup: int = REWARMUP_STEPS[1], *, first: bool = False) -> Schedule:
+    """``inner``, with the tooth of ``jagged_cosine`` after every merge: with k = floor(t / C) and p = t mod C
+
+        p < R, not k = 0: p / R * inner(k C + R),   otherwise: inner(t)
+
+    ``cycle`` None: there are no merges. ``first``: the first cycle begins with a tooth too.
+    """
+
+    def schedule(t: Step) -> Any:
+        where, _, _ = _functions(t)
+        p = t if cycle is None else t % cycle
+        restarted = (p < rewarmup) & (first | (t > p))
+        return where(restarted, _real(p) / max(1, rewarmup) * inner(t - p + rewarmup), inner(t))
+
+    return schedule
+
+
 def cyclic_cosine(
     peak: float, total: Step, cycle: int, warmup: int = 0, floor: float = FLOOR, offset: int = 0
 ) -> Schedule:

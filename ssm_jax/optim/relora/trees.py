@@ -90,10 +90,13 @@ def materialise(params: Params, spec: Spec, which: Callable[[Leaf], bool] = lamb
 
 
 def export(frozen: Params, trainable: Params, spec: Spec) -> Params:
-    """The parameters of the model as it came: its own structure, names and types, every change merged in. Nothing is donated."""
-    merged = flat(materialise(combine(trainable, frozen), spec))
+    """The parameters of the model as it came: its own structure, names and types, every change merged in. Nothing is donated.
+
+    Kernels that were frozen in lower precision are widened before their change is added.
+    """
     kinds = {leaf.path: leaf.dtype for leaf in spec.leaves}
-    return nested({path: leaf.astype(kinds[path]) if path in kinds else leaf for path, leaf in merged.items()})
+    leaves = flat(combine(trainable, frozen))
+    return materialise(nested({path: leaf.astype(kinds.get(path, leaf.dtype)) for path, leaf in leaves.items()}), spec)
 
 
 def flat(params: Params) -> dict[str, Any]:
