@@ -119,12 +119,24 @@ def train(study: dict[str, Any], arm: str, folder: Path, seed: int) -> dict[str,
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(steps) if "eval/loss" in line)
     speeds = [line["tokens_per_s"] for line in steps if "tokens_per_s" in line]
+    summary = json.loads((output / "summary.json").read_text())
     return {
         "bits_per_byte": last["eval/bits_per_byte"],
+        "perplexity": last["eval/perplexity"],
         "step": last["step"],
         "tokens_per_s": statistics.median(speeds),
-        "parameters": json.loads((output / "summary.json").read_text())["parameters"],
+        "parameters": summary["parameters"],
+        "trained": summary["trainable_parameters"],
+        "seconds": summary["seconds"],
+        "tflop": summary["model_tflops_per_s"] * summary["seconds"],
+        "step_bytes": step_bytes(summary["memory"]),
     }
+
+
+def step_bytes(memory: dict[str, int]) -> int:
+    """What a step needs at once, arguments and results included: of the last phase, where a run has two."""
+    kinds = ("argument", "temp", "output")
+    return sum(memory[f"step_{kind}_bytes"] for kind in kinds) - memory["step_alias_bytes"]
 
 
 def table(lines: list[dict[str, Any]], pairs: list[list[str]]) -> str:
@@ -137,12 +149,15 @@ def table(lines: list[dict[str, Any]], pairs: list[list[str]]) -> str:
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         by_arm.setdefault(line["arm"], {})[line["seed"]] = line
-    rows = [f"{'arm':24}{'parameters':>12}{'bits per byte':>22}{'tokens/s':>12}"]
+    rows = [
+        f"{'arm':24}{'parameters':>12}{'bits per byte':>22}{'trained':>12}{'MiB a step':>12}{'Tflop':>9}{'tokens/s':>12}"
+    ]
     for arm, runs in by_arm.items():
         scores = [run["bits_per_byte"] for run in runs.values()]
         speed = statistics.median(run["tokens_per_s"] for run in runs.values())
-        size = next(iter(runs.values()))["parameters"]
-        rows.append(f"{arm:24}{size:>12,}{spread(scores):>22}{speed:>12,.0f}")
+        first = next(iter(runs.values()))
+        cost = f"{first['trained']:>12,}{first['step_bytes'] / 2**20:>12.1f}{first['tflop']:>9.2f}"
+        rows.append(f"{arm:24}{first['parameters']:>12,}{spread(scores):>22}{cost}{speed:>12,.0f}")
     for one, other in pairs:
         seeds = sorted(set(by_arm[one]) & set(by_arm[other]))
         changes = [by_arm[other][seed]["bits_per_byte"] - by_arm[one][seed]["bits_per_byte"] for seed in seeds]

@@ -66,14 +66,15 @@ def test_arms_change_the_run_and_begin_with_each_other(tmp_path: Path) -> None:
 
 
 def line(arm: str, seed: int, score: float, parameters: int = 1000) -> dict[str, Any]:
-    return {"arm": arm, "seed": seed, "bits_per_byte": score, "tokens_per_s": 10.0, "parameters": parameters}
+    sizes = {"parameters": parameters, "trained": parameters, "step_bytes": 3 * 2**20}
+    return {"arm": arm, "seed": seed, "bits_per_byte": score, "tokens_per_s": 10.0, "tflop": 0.5, **sizes}
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
     """Seeds differ by much more than the arms do, and always in the same direction."""
     lines = [line("a", seed, 2.0 + seed) for seed in (0, 1, 2)] + [line("b", seed, 1.9 + seed) for seed in (0, 1, 2)]
     rows = study_lib.table(lines, [["a", "b"]]).splitlines()
-    assert "3.0000 +- 1.0000" in rows[1]
+    assert rows[1].split() == ["a", "1,000", "3.0000", "+-", "1.0000", "1,000", "3.0", "0.50", "10"]
     assert rows[-1].startswith("b - a: -0.1000 +- 0.0000 bits per byte")
 
 
