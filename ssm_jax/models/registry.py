@@ -53,6 +53,11 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def _torch_embedding_std(config: Any) -> float:
+    """1, as PyTorch's default; as a head too, such a table would begin with logits of deviation sqrt(d_model)."""
+    return float(config.d_model**-0.5) if config.tie_embeddings else 1.0
+
+
 FAMILIES: dict[str, Family] = {
     "mamba": Family(mamba.MambaConfig, mamba.layer, mamba.PRESETS, mamba.flops_per_token),
     "mamba2": Family(mamba2.Mamba2Config, mamba2.layer, mamba2.PRESETS, mamba2.flops_per_token),
@@ -66,7 +71,7 @@ FAMILIES: dict[str, Family] = {
         gss.flops_per_token,
         repeats=gss.repeats,
         final_norm=gss.final_norm,
-        embedding_std=lambda config: 1.0,
+        embedding_std=_torch_embedding_std,
         derive=gss.derive,
         aliases=gss.ALIASES,
     ),
@@ -123,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         baka.PRESETS,
         baka.flops_per_token,
         final_norm=baka.norm,
-        embedding_std=lambda config: 1.0,
+        embedding_std=_torch_embedding_std,
         chunk=lambda config: config.n_ctx,
         chunked=True,
         aliases=baka.ALIASES,
