@@ -29,6 +29,7 @@ class ReLoRAConfig:
         cycle: applied updates from merge to merge; null never merges, which is LoRA.
         rank, alpha: of every low-rank path.
         warm_start: updates of ordinary training that come first. The run's length less these is a whole number of cycles.
+        lr: peak rate once low-rank paths train, the whole schedule in proportion; null: ``optim.lr``, as in the warm start.
         select: patterns of parameter paths that narrow the family's default projections (``optim.relora.defaults``); none, all.
         rewarmup: updates over which the rate rises linearly from 0 to the schedule's, after every merge and after a warm start.
         reset, keep: what of the adapters' optimizer state survives a merge, see ``optim.relora.reset_state``.
@@ -42,6 +43,7 @@ class ReLoRAConfig:
     rank: int = 128
     alpha: float = 32.0
     warm_start: int = 0
+    lr: float | None = None
     select: tuple[str, ...] = ()
     rewarmup: int = 50
     reset: Reset = "zero"
@@ -58,6 +60,8 @@ class ReLoRAConfig:
             raise ValueError(f"rank is {self.rank} and alpha {self.alpha}; they must be at least 1, and above 0")
         if self.warm_start < 0 or self.rewarmup < 0:
             raise ValueError(f"warm_start is {self.warm_start} and rewarmup {self.rewarmup}; they must not be negative")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; it must be above 0, or null for that of optim")
         if self.cycle is not None and self.rewarmup > self.cycle:
             raise ValueError(
                 f"rewarmup is {self.rewarmup} and cycle {self.cycle}; the rate must have risen before the next merge, so lower "

@@ -101,7 +101,8 @@ def _learning_rate(config: optim.OptimConfig, state: TrainState, spec: relora.Sp
     first_step = state.step - applied
 
     def of_run(applied: jax.Array | int) -> jax.Array:
-        return optim.learning_rate(config, first_step + applied, state.total_steps)
+        rate = optim.learning_rate(config, first_step + applied, state.total_steps)
+        return rate if settings.lr is None else rate * (settings.lr / config.lr)
 
     teeth = relora.restarts(of_run, settings.cycle, settings.rewarmup, first=settings.warm_start > 0)
     return jnp.asarray(teeth(applied))
