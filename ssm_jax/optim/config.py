@@ -58,10 +58,10 @@ class ReLoRAConfig:
             raise ValueError(f"rank is {self.rank} and alpha {self.alpha}; they must be at least 1, and above 0")
         if self.warm_start < 0 or self.rewarmup < 0:
             raise ValueError(f"warm_start is {self.warm_start} and rewarmup {self.rewarmup}; they must not be negative")
-        if self.cycle is not None and self.rewarmup > self.cycle:
+        if self.cycle is not None and self.rewarmup >= self.cycle:
             raise ValueError(
                 f"rewarmup is {self.rewarmup} and cycle {self.cycle}; the rate must have risen before the next merge, so lower "
-                "rewarmup"
+                f"rewarmup to at most {self.cycle - 1}"
             )
         if self.master and self.frozen_dtype is None:
             raise ValueError(

@@ -187,6 +187,19 @@ def test_arguments_are_used_up_or_not() -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_with_a_master_neither_tree_is_there_twice(in_host_memory: bool) -> None:
+    frozen, trainable, spec, state = split(frozen_dtype="bfloat16")
+    (master,) = copies(relora.partition(params(), spec)[0])
+    if in_host_memory:
+        master = jax.tree.map(lambda w: jax.device_put(w, relora.in_host_memory(w.sharding)), master)
+    results = relora.merge_with_master(master, frozen, trainable, state, jax.random.key(7), spec=spec)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((master, frozen)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(results))
+    kinds = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} for tree in results[:2]]
+    assert kinds == [{"pinned_host" if in_host_memory else "device"}, {"device"}]
+
+
 def on_mesh(**sizes: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(sharding.MeshConfig(**sizes))
 
