@@ -224,6 +224,24 @@ def test_from_the_first_step_on_over_microbatches_and_beside_frozen_embeddings(r
     assert np.any(first["layers/mixer/out_proj/kernel"] != last["layers/mixer/out_proj/kernel"])
 
 
+def test_a_teacher_teaches_low_rank_paths(plain: Path, run: Run, tmp_path: Path) -> None:
+    """They are in the function whose distance from the teacher's falls, beside embeddings that are the teacher's."""
+    fields = {
+        **RELORA,
+        "optim__relora__warm_start": 0,
+        "train__steps": 2,
+        "optim__freeze": "[^embed/]",
+        "eval__every": 0,
+    }
+    run(**fields, distill__teacher=plain, distill__mode="mix", distill__weight=1.0, distill__copy_embeddings="true")
+    assert all(math.isfinite(row["kl"]) for row in rows(tmp_path / "run") if "loss" in row)
+    first, last, teacher = (
+        flat(checkpoint.load_model(*each)[1]) for each in ((tmp_path / "run", 1), (tmp_path / "run", 2), (plain,))
+    )
+    np.testing.assert_array_equal(last["embed/embedding"], teacher["embed/embedding"])
+    assert np.any(first["layers/mixer/out_proj/kernel"] != last["layers/mixer/out_proj/kernel"])
+
+
 def test_a_longer_run_merges_where_the_shorter_one_ended(run: Run, tmp_path: Path) -> None:
     fields = {**RELORA, "optim__relora__warm_start": 0, "optim__relora__rewarmup": 0, "eval__every": 0}
     run(**{**fields, "train__steps": 2})

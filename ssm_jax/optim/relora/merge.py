@@ -20,11 +20,10 @@ from ssm_jax.optim.relora import factors
 from ssm_jax.optim.relora.blocks import add_product
 from ssm_jax.optim.relora.reset import check, reset_state, zeroed
 from ssm_jax.optim.relora.spec import Leaf, Spec
-from ssm_jax.optim.relora.trees import flat, nested
+from ssm_jax.optim.relora.trees import HOST, flat, nested
 from ssm_jax.typing import Key, Params, PyTree
 
 Metrics = dict[str, Float[Array, ""]]
-HOST = "pinned_host"
 
 
 def in_host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
