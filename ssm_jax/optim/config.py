@@ -62,10 +62,10 @@ class ReLoRAConfig:
             raise ValueError(f"warm_start is {self.warm_start} and rewarmup {self.rewarmup}; they must not be negative")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be above 0, or null for that of optim")
-        if self.cycle is not None and self.rewarmup > self.cycle:
+        if self.cycle is not None and self.rewarmup >= self.cycle:
             raise ValueError(
                 f"rewarmup is {self.rewarmup} and cycle {self.cycle}; the rate must have risen before the next merge, so lower "
-                "rewarmup"
+                f"rewarmup to at most {self.cycle - 1}"
             )
         if self.master and self.frozen_dtype is None:
             raise ValueError(

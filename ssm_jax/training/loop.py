@@ -59,10 +59,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     spec = _first_spec(run)
     shapes, frozen_shapes = low_rank.stored_shapes(model, config, mesh, spec)
     restored = saving.restore(run.folder, shapes, frozen_shapes, saving.lanes_of(run), spec)
-    params = run_lib.initial_params(run) if restored is None else None
+    resumed = restored is not None
+    if restored is not None:
+        low_rank.require_cadence(restored.state, config.optim)
+    params = None if resumed else run_lib.initial_params(run)
     teacher = load_teacher(run.teacher, mesh)
     run_lib.describe_in_folder(run)
-    if restored is None:
+    if not resumed:
         saving.begin(run)
 
     master = None
@@ -75,6 +78,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         if restored is not None:
             state, frozen, meter, changed = restored
+            restored = None  # so that nothing of it outlives what takes its place
             frozen, master = low_rank.rounded(frozen, config.optim, spec)
             total_steps = _steps(run, meter) or int(state.total_steps)
             state = _with_total_steps(state, total_steps)
@@ -88,7 +92,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                 progress.note(f"every lane begins with an empty state: {'; '.join(changed)}")
 
         programs = _programs(run, spec, teacher, progress)
-        if restored is None:
+        if not resumed:
             meter = Meter()
             total_steps = _steps(run, meter) or _steps_in_budget(programs.step, run, spec, teacher, progress)
             tables = tables_for(run.teacher, teacher)

@@ -55,6 +55,10 @@ def plan(model: LanguageModel, config: OptimConfig) -> Spec | None:
 def _require_matches(trainable: Params, model: LanguageModel, patterns: tuple[str, ...]) -> None:
     every = relora.defaults(model.config)
     kernels = [path for path, leaf in flat(trainable).items() if every(path, leaf) is not None]
+    if not kernels:
+        raise ConfigError(
+            "all kernels that are meant for it are fixed by optim.freeze or optim.train; leave some to train."
+        )
     for pattern in patterns:
         try:
             found = any(re.search(pattern, path) for path in kernels)
@@ -89,6 +93,23 @@ def require_length(config: RunConfig, total_steps: int | None) -> None:
         raise ConfigError(
             f"Config key 'optim.relora.cycle' is {cycle}, which does not divide the {total_steps - warm} updates after the warm "
             f"start of {warm}; set train.steps={warm + whole * cycle} (and train.epochs=null), or another cycle."
+        )
+
+
+def require_cadence(state: TrainState, config: OptimConfig) -> None:
+    """Raises ConfigError unless the merges that ``state`` has had are those of the config's cycle: with another one they would no
+    longer fall where the rate rises anew."""
+    cycle = None if config.relora is None else config.relora.cycle
+    if cycle is None or state.merges is None:
+        return
+    applied, merges = int(relora.applied_updates(state.opt_state)), int(state.merges)
+    if merges not in (
+        applied // cycle,
+        max(0, applied - 1) // cycle,
+    ):  # at the end of a cycle its merge may still be to come
+        raise ConfigError(
+            f"Config key 'optim.relora.cycle' is {cycle}, and this run had {merges} merges in {applied} updates; go on with the "
+            "cycle that it was begun with, or start another run from these weights (init_from)."
         )
 
 

@@ -20,11 +20,10 @@ from ssm_jax.optim.relora import factors
 from ssm_jax.optim.relora.blocks import add_product
 from ssm_jax.optim.relora.reset import check, reset_state, zeroed
 from ssm_jax.optim.relora.spec import Leaf, Spec
-from ssm_jax.optim.relora.trees import flat, nested
+from ssm_jax.optim.relora.trees import HOST, flat, nested
 from ssm_jax.typing import Key, Params, PyTree
 
 Metrics = dict[str, Float[Array, ""]]
-HOST = "pinned_host"
 
 
 def in_host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -126,10 +125,16 @@ def _merge_all(
         if masters is None:
             kernels[leaf.path], found = _merge(leaf, spec.scale, kernels[leaf.path], a, b, donate)
         else:
-            home = getattr(masters[leaf.path], "sharding", None)
-            merged, found = _merge(leaf, spec.scale, masters[leaf.path], a, b, donate)
-            kernels[leaf.path] = _copied(merged, kernels[leaf.path])
+            old = masters[leaf.path], kernels[leaf.path]
+            home = getattr(old[0], "sharding", None)
+            merged, found = _merge(leaf, spec.scale, old[0], a, b, donate)
+            kernels[leaf.path] = _copied(merged, old[1])
             masters[leaf.path] = merged if home is None else jax.device_put(merged, home)
+            if donate:  # else both trees would be there twice, and the masters on their way to the device all at once
+                jax.block_until_ready((masters[leaf.path], kernels[leaf.path]))
+                for used in old:
+                    if isinstance(used, jax.Array):
+                        used.delete()
         sums.append(found)
     restarted, opt_state, share = reset(_factors(spec, leaves), opt_state, key)
     changed, lost = (np.sqrt(sum(float(pair[i]) for pair in sums)) for i in (0, 1))

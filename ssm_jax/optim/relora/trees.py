@@ -19,7 +19,10 @@ from ssm_jax.optim.relora.factors import Compat
 from ssm_jax.optim.relora.spec import Leaf, Select, Spec, plan
 from ssm_jax.typing import Key, Params
 
-__all__ = ["combine", "export", "flat", "init", "materialise", "nested", "partition", "split"]
+HOST = "pinned_host"
+"""Memory of a device's host that the device reads."""
+
+__all__ = ["HOST", "combine", "export", "flat", "init", "materialise", "nested", "partition", "split"]
 
 
 def split(
@@ -92,10 +95,11 @@ def materialise(params: Params, spec: Spec, which: Callable[[Leaf], bool] = lamb
 def export(frozen: Params, trainable: Params, spec: Spec) -> Params:
     """The parameters of the model as it came: its own structure, names and types, every change merged in. Nothing is donated.
 
-    Kernels that were frozen in lower precision are widened before their change is added.
+    Kernels that were frozen in lower precision are widened before their change is added. ``frozen`` may be a master in host memory;
+    what is returned is in the devices' own.
     """
     kinds = {leaf.path: leaf.dtype for leaf in spec.leaves}
-    leaves = flat(combine(trainable, frozen))
+    leaves = {path: _in_device_memory(leaf) for path, leaf in flat(combine(trainable, frozen)).items()}
     return materialise(nested({path: leaf.astype(kinds.get(path, leaf.dtype)) for path, leaf in leaves.items()}), spec)
 
 
@@ -107,6 +111,12 @@ def flat(params: Params) -> dict[str, Any]:
 def nested(leaves: Mapping[str, Any]) -> Params:
     """The inverse of ``flat``."""
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _in_device_memory(leaf: Any) -> Any:
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) or leaf.sharding.memory_kind != HOST:
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
 def _take(leaves: dict[str, Any], path: str) -> Any:

@@ -179,12 +179,44 @@ def test_merge_and_reset() -> None:
     assert float(metrics["state_zeroed"]) == 1.0
 
 
+def test_a_merge_resets_as_it_is_told() -> None:
+    frozen, trainable, spec, state = split()
+    how: dict = {"method": "magnitude", "keep": 0.3, "reset_count": True}
+    _, _, reset, metrics = relora.merge_and_reset(
+        frozen, trainable, state, jax.random.key(7), spec=spec, donate=False, **how
+    )
+    wanted = relora.reset_state(state, spec, **how)
+    jax.tree.map(np.testing.assert_array_equal, reset, wanted)
+    assert 0.65 < float(metrics["state_zeroed"]) < 1.0
+    _, _, reset, _ = relora.merge_and_reset(
+        frozen, trainable, state, jax.random.key(7), spec=spec, method="random", keep=0.5, donate=False
+    )
+    wanted = relora.reset_state(state, spec, "random", keep=0.5, key=jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, reset, wanted)
+
+
 def test_arguments_are_used_up_or_not() -> None:
     frozen, trainable, spec, state = split()
     relora.merge_and_reset(frozen, trainable, state, jax.random.key(7), spec=spec, donate=False)
     relora.export(frozen, trainable, spec)
     relora.merge_and_reset(frozen, trainable, state, jax.random.key(7), spec=spec)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_with_a_master_neither_tree_is_there_twice(in_host_memory: bool) -> None:
+    frozen, trainable, spec, state = split(frozen_dtype="bfloat16")
+    (master,) = copies(relora.partition(params(), spec)[0])
+    if in_host_memory:
+        master = jax.tree.map(lambda w: jax.device_put(w, relora.in_host_memory(w.sharding)), master)
+    wanted = relora.export(relora.partition(params(), spec)[0], trainable, spec)
+    results = relora.merge_with_master(master, frozen, trainable, state, jax.random.key(7), spec=spec)
+    exported = relora.export(results[0], results[2], spec)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), exported, wanted)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((master, frozen)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(results))
+    kinds = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} for tree in results[:2]]
+    assert kinds == [{"pinned_host" if in_host_memory else "device"}, {"device"}]
 
 
 def on_mesh(**sizes: int) -> jax.sharding.Mesh:
@@ -247,8 +279,10 @@ def test_a_draw_depends_on_key_and_path_alone() -> None:
         np.testing.assert_array_equal(one[path], other[path])
     drawn = [np.asarray(one[leaf.a_path]).ravel()[:16] for leaf in spec.leaves]
     assert all(not np.array_equal(x, y) for x, y in itertools.combinations(drawn, 2))
-    again = relora.factors.init(jax.random.key(6), spec.leaves[0], spec.rank)[0]
-    assert not np.array_equal(again, one[spec.leaves[0].a_path])
+    leaf, draw = spec.leaves[0], jax.jit(relora.factors.init, static_argnums=(1, 2))
+    same, another = (draw(jax.random.key(number), leaf, spec.rank)[0] for number in (5, 6))
+    np.testing.assert_array_equal(one[leaf.a_path], same)
+    assert not np.any(one[leaf.a_path] == another)
 
 
 def test_bfloat16_kernels_report_what_rounding_took_and_a_master_loses_nothing() -> None:
