@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--include", action="append", default=[], metavar="GLOB", help="files to read in folders, such as '*.py'; may be "
         "repeated (default: usual text suffixes)")  # fmt: skip
     add("--text-field", default="text", metavar="KEY", help="field of a JSON line that holds the text (default text)")
-    add("--max-bytes", type=int, metavar="N", help="use only the first N bytes of text")
+    add(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="read only the first N bytes of INPUT; --validation is read whole",
+    )
     add("--skip-bad", action="store_true", help="leave out and count what cannot be read, instead of refusing")
     add("--seed", type=int, default=0, metavar="N", help="of the order of documents (default 0)")
     add("--rows-per-shard", type=int, default=65536, metavar="N", help="rows per shard file (default 65536)")

@@ -31,7 +31,8 @@ class ReLoRAConfig:
         warm_start: updates of ordinary training that come first. The run's length less these is a whole number of cycles.
         lr: peak rate once low-rank paths train, the whole schedule in proportion; null: ``optim.lr``, as in the warm start.
         select: patterns of parameter paths that narrow the family's default projections (``optim.relora.defaults``); none, all.
-        rewarmup: updates over which the rate rises linearly from 0 to the schedule's, after every merge and after a warm start.
+        rewarmup: updates over which the rate rises linearly from 0 to the schedule's, after every merge and after a warm start;
+            null: a tenth of a cycle, at most 50.
         reset, keep: what of the adapters' optimizer state survives a merge, see ``optim.relora.reset_state``.
         frozen_dtype: "bfloat16" halves the frozen matrices, and every merge rounds; null keeps the parameters' float32.
         master: with ``frozen_dtype``, sum the merges in float32 copies in host memory.
@@ -45,7 +46,7 @@ class ReLoRAConfig:
     warm_start: int = 0
     lr: float | None = None
     select: tuple[str, ...] = ()
-    rewarmup: int = 50
+    rewarmup: int | None = None
     reset: Reset = "zero"
     keep: float | None = None
     frozen_dtype: Literal["bfloat16"] | None = None
@@ -58,11 +59,11 @@ class ReLoRAConfig:
             raise ValueError(f"cycle is {self.cycle}; it must be at least 1 update, or null to merge never")
         if self.rank < 1 or not 0 < self.alpha < math.inf:
             raise ValueError(f"rank is {self.rank} and alpha {self.alpha}; they must be at least 1, and above 0")
-        if self.warm_start < 0 or self.rewarmup < 0:
+        if self.warm_start < 0 or self.rewarmup_steps < 0:
             raise ValueError(f"warm_start is {self.warm_start} and rewarmup {self.rewarmup}; they must not be negative")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be above 0, or null for that of optim")
-        if self.cycle is not None and self.rewarmup >= self.cycle:
+        if self.cycle is not None and self.rewarmup_steps >= self.cycle:
             raise ValueError(
                 f"rewarmup is {self.rewarmup} and cycle {self.cycle}; the rate must have risen before the next merge, so lower "
                 f"rewarmup to at most {self.cycle - 1}"
@@ -75,6 +76,13 @@ class ReLoRAConfig:
             raise ValueError("carry_moments is true and warm_start 0: there are no moments yet; drop carry_moments")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def rewarmup_steps(self) -> int:
+        """``rewarmup``, or what null stands for."""
+        if self.rewarmup is not None:
+            return self.rewarmup
+        return 50 if self.cycle is None else min(50, self.cycle // 10)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,7 +270,12 @@ def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: see ``ssm_jax.config.from_dict``.
     """
-    content = apply_overrides(read_yaml(path) if path is not None else {}, overrides)
+    content = read_yaml(path) if path is not None else {}
+    if path is not None and "output" not in content and {"family", "preset"} & set(content):
+        raise ConfigError(
+            f"{path} is a model section, not a run; name it in one: --config configs/run/demo.yaml model.base={path}."
+        )
+    content = apply_overrides(content, overrides)
     model = content.get("model")
     if isinstance(model, dict) and model.get("base") is None:
         content["model"] = {key: value for key, value in model.items() if key != "base"}

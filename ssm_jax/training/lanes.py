@@ -35,8 +35,8 @@ def require_lanes_for_carry(config: RunConfig) -> None:
         return
     if config.data.lanes is None:
         reason = (
-            "the data is rows, and a row does not go on where the one before it in the batch ended; prepare the data with --form "
-            "documents and set data.lanes.window"
+            "the data is read as rows, and a row does not go on where the one before it in the batch ended; set data.lanes.window, "
+            "with data prepared with --form documents"
         )
     elif config.data.lanes.refill == "closing":
         reason = (

@@ -104,7 +104,7 @@ def _learning_rate(config: optim.OptimConfig, state: TrainState, spec: relora.Sp
         rate = optim.learning_rate(config, first_step + applied, state.total_steps)
         return rate if settings.lr is None else rate * (settings.lr / config.lr)
 
-    teeth = relora.restarts(of_run, settings.cycle, settings.rewarmup, first=settings.warm_start > 0)
+    teeth = relora.restarts(of_run, settings.cycle, settings.rewarmup_steps, first=settings.warm_start > 0)
     return jnp.asarray(teeth(applied))
 
 

@@ -269,12 +269,12 @@ def test_weights_under_the_config_of_another_family_are_recognised(tmp_path: Pat
     [
         (
             {"rmt_read": "tail"},
-            "rmt_read is 'tail', and the branch 00x_celp18 has only 'head'; use the layout 'bakallm'",
+            "rmt_read is 'tail' and not 'head'. Use the layout 'bakallm'",
         ),
-        ({"mamba_every": 2}, "mamba_every is 2, and the branch 00x_celp18 has only 1"),
-        ({"elephant_power": 4.0}, r"elephant_power is 4\.0, and the branch 00x_celp18 has only 8\.0"),
-        ({"tie_embeddings": True}, "tie_embeddings is True, and the branch 00x_celp18 has only False"),
-        ({"n_pauses": 0}, "n_pauses is 0, and the branch 00x_celp18 has some"),
+        ({"mamba_every": 2}, "mamba_every is 2 and not 1"),
+        ({"elephant_power": 4.0}, r"elephant_power is 4\.0 and not 8\.0"),
+        ({"tie_embeddings": True}, "tie_embeddings is True and not False"),
+        ({"n_pauses": 0}, "n_pauses is 0"),
     ],
 )
 def test_what_the_branch_does_not_compute_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_run_configs_and_their_headers(path: Path) -> None:
     assert "# Expected:" in header
 
 
+def test_a_model_file_is_no_run() -> None:
+    with pytest.raises(
+        ConfigError, match=r"is a model section, not a run; name it in one: .* model\.base=configs/model"
+    ):
+        load_run_config("configs/model/baka-tiny.yaml", ["data.path=x"])
+
+
 def test_fields_of_the_run_win_over_the_base(tmp_path: Path) -> None:
     changes = [
         "model.base=configs/model/mamba-tiny.yaml",

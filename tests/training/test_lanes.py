@@ -222,7 +222,7 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"data__joined": "true"}, ConfigError, "joined and lanes are set, and a lane's window holds one article"),
     ({"data__path": None, "data__mixture": "[{path: a}, {path: b}]"}, ConfigError, "lanes read one corpus; set path"),
     ({"data__lanes__window": None}, ConfigError,
-     r"'train\.carry_state' is true and the data is rows, .* --form documents and set data\.lanes\.window\."),
+     r"'train\.carry_state' is true and the data is read as rows, .* set data\.lanes\.window, with data prepared"),
     ({"data__lanes__window": None, "train__carry_state": None}, DataError,
      r"was prepared as documents; prepare rows with --form rows, or set data\.lanes\.window"),
     ({"data__lanes__refill": "closing"}, ConfigError, r"refill is closing, .* set data\.lanes\.refill=stable"),

@@ -154,3 +154,9 @@ def test_where_every_kernel_is_fixed_the_reason_is_named(fixed: dict[str, Any]) 
     settings = optim.OptimConfig(relora=optim.ReLoRAConfig(cycle=None, rank=2), **fixed)
     with pytest.raises(ConfigError, match=r"'optim\.relora': all kernels.*fixed by optim\.freeze or optim\.train"):
         low_rank.plan(MODEL, settings)
+
+
+def test_the_rate_rises_over_a_tenth_of_a_cycle_unless_told() -> None:
+    steps = {cycle: optim.ReLoRAConfig(cycle=cycle).rewarmup_steps for cycle in (1, 10, 300, 5000, None)}
+    assert steps == {1: 0, 10: 1, 300: 30, 5000: 50, None: 50}
+    assert optim.ReLoRAConfig(cycle=10, rewarmup=3).rewarmup_steps == 3

@@ -1,11 +1,13 @@
 """Runs with ReLoRA: the warm start, the merges and the low-rank paths between them, stopped anywhere, on any mesh."""
 
+import functools
 import gc
 import json
 import math
 import re
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,22 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def straight(request: pytest.FixtureRequest, overrides: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    train(load_run_config(None, overrides(folder, **RELORA, **FORMS[request.param])))
-    return folder
+@pytest.fixture(scope="module")
+def undisturbed(overrides: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of each form that nothing disturbed, made when it is first asked for."""
+
+    @functools.cache
+    def of_form(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "run"
+        train(load_run_config(None, overrides(folder, **RELORA, **FORMS[name])))
+        return folder
+
+    return of_form
+
+
+@pytest.fixture(params=FORMS)
+def straight(request: pytest.FixtureRequest, undisturbed: Callable[[str], Path]) -> Path:
+    return undisturbed(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -202,14 +202,14 @@ def _write_celp18(config: BakaConfig, dtype: str, special: Json) -> dict[str, di
     wanted = {**_CELP18, "dt_rank": "auto" if config.dt_rank == "auto" else -(-config.d_model // 16)}
     if config.act == "elephant":
         wanted |= {"elephant_width": 1.0, "elephant_power": 8.0}
-    for key, value in wanted.items():
-        if getattr(config, key) != value:
-            raise LayoutError(
-                f"{key} is {getattr(config, key)!r}, and the branch 00x_celp18 has only {value!r}; use the layout 'bakallm'."
-            )
-    for key in ("n_pauses", "n_rmt_tokens"):
-        if not getattr(config, key):
-            raise LayoutError(f"{key} is 0, and the branch 00x_celp18 has some; use the layout 'bakallm'.")
+    reasons = [
+        f"{key} is {getattr(config, key)!r} and not {value!r}"
+        for key, value in wanted.items()
+        if getattr(config, key) != value
+    ]
+    reasons += [f"{key} is 0" for key in ("n_pauses", "n_rmt_tokens") if not getattr(config, key)]
+    if reasons:
+        raise LayoutError(f"The branch 00x_celp18 has no such network: {'; '.join(reasons)}. Use the layout 'bakallm'.")
     content = {key: value for key, value in _authors(config).items() if key != "mamba_each_nth_layer"}
     content |= {"model_type": "baka_mamba"} | ({"act_fn": "elephant18_fast"} if config.act == "elephant" else {})
     return {"config.json": content}

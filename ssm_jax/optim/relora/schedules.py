@@ -187,7 +187,9 @@ def _check(
     if not isinstance(cycle, int) or cycle < 1:
         raise ConfigError(f"The cycle is {cycle}; it must be the number of updates between merges, at least 1.")
     if not isinstance(rewarmup, int) or not 0 <= rewarmup <= cycle:
-        raise ConfigError(f"The re-warm-up is {rewarmup} updates; it must lie between 0 and the cycle, {cycle}.")
+        raise ConfigError(
+            f"The re-warm-up, rewarmup, is {rewarmup} updates; it must lie between 0 and the cycle, {cycle}."
+        )
     if warmup < 0 or offset < 0 or offset + warmup > cycle:
         raise ConfigError(
             f"Offset {offset} and warm-up {warmup} must not be negative, nor together exceed the cycle, {cycle}."

@@ -89,7 +89,7 @@ def test_settings_that_the_reference_refuses_are_refused() -> None:
         ({"total": 100, "cycle": 30}, "does not divide the 100 updates with adapters; set them to 90"),
         ({"total": 90, "cycle": 30, "warmup": 31}, "together exceed the cycle, 30"),
         ({"total": 90, "cycle": 30, "floor": 0.0}, "floor is 0.0 of the peak; it must be above 0"),
-        ({"total": 90, "cycle": 30, "rewarmup": 31}, "re-warm-up is 31 updates"),
+        ({"total": 90, "cycle": 30, "rewarmup": 31}, "re-warm-up, rewarmup, is 31 updates"),
     ],
 )
 def test_refusals_say_what_to_change(fields: dict, message: str) -> None:
