@@ -13,6 +13,7 @@ from ssm_jax.training.config import interval
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "run").glob("*.yaml"))
+DEMO = CONFIGS / "run" / "demo.yaml"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 
 
@@ -53,17 +54,17 @@ def test_fields_of_the_run_win_over_the_base(tmp_path: Path) -> None:
         "train.steps=1",
         "train.time_budget_s=null",
     ]
-    assert load_run_config(RUNS[0], changes).model == {"family": "mamba", "d_model": 64, "n_layers": 4, "d_state": 8}
+    assert load_run_config(DEMO, changes).model == {"family": "mamba", "d_model": 64, "n_layers": 4, "d_state": 8}
     with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
-        load_run_config(RUNS[0], ["model.base=nowhere.yaml"])
+        load_run_config(DEMO, ["model.base=nowhere.yaml"])
     with pytest.raises(
         ConfigError, match=r"'model\.preset' \('mamba-130m'\) and 'model\.base' .* are both set; drop one"
     ):
-        load_run_config(RUNS[0], [changes[0], "model.preset=mamba-130m"])
-    preset = load_run_config(RUNS[0], ["model.base=null", "model.preset=mamba-130m"])
+        load_run_config(DEMO, [changes[0], "model.preset=mamba-130m"])
+    preset = load_run_config(DEMO, ["model.base=null", "model.preset=mamba-130m"])
     assert preset.model["preset"] == "mamba-130m"
     with pytest.raises(ConfigError, match=r"'model\.base' is 3"):
-        load_run_config(RUNS[0], ["model.base=3"])
+        load_run_config(DEMO, ["model.base=3"])
 
 
 def test_intervals() -> None:
