@@ -133,9 +133,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                     programs = _programs(run, spec, teacher, progress)
                 else:
                     state, frozen, master, found = low_rank.merge(state, frozen, master, config.optim, spec)
-                    log.write(
-                        {"step": done + 1, **found}
-                    )  # the update that it belongs to, which a resumed run does again
+                    log.write({"step": done + 1, **found})  # of the update after it, which a resumed run does again
                 fixed = distillation.fixed(frozen, teacher)
                 meter.restart()
             with meter.waiting("data_s"):

@@ -103,10 +103,8 @@ def require_cadence(state: TrainState, config: OptimConfig) -> None:
     if cycle is None or state.merges is None:
         return
     applied, merges = int(relora.applied_updates(state.opt_state)), int(state.merges)
-    if merges not in (
-        applied // cycle,
-        max(0, applied - 1) // cycle,
-    ):  # at the end of a cycle its merge may still be to come
+    # At the end of a cycle its merge may still be to come.
+    if merges not in (applied // cycle, max(0, applied - 1) // cycle):
         raise ConfigError(
             f"Config key 'optim.relora.cycle' is {cycle}, and this run had {merges} merges in {applied} updates; go on with the "
             "cycle that it was begun with, or start another run from these weights (init_from)."
@@ -209,9 +207,8 @@ class Cadence:
 
     def __init__(self, config: ReLoRAConfig | None):
         self._config = config
-        self._known: tuple[int, int, int] | None = (
-            None  # updates done, those of them with low-rank paths applied, merges
-        )
+        # Updates done, those of them with low-rank paths that were applied, and merges, when the device was last asked.
+        self._known: tuple[int, int, int] | None = None
 
     def before(self, done: int, state: TrainState) -> Literal["begin", "merge"] | None:
         """``done``: updates on their way or done. The caller does at once what it is told."""

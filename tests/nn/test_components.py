@@ -14,7 +14,7 @@ from ssm_jax.nn.slots import ChunkShape
 
 
 def test_memory_and_pauses_around_retention_carry_what_was_read() -> None:
-    """Whole = in two calls, and a token of the first chunk reaches the third, where no attention sees it."""
+    """Whole = in two calls, and a token of the first chunk reaches the third, where the attention of one layer does not see it."""
     shape = ChunkShape(n_ctx=8, pauses=2, memory=2, close_calls=False)
     layer = ChunkLayer(
         norm=nn.RMSNorm(),
@@ -23,7 +23,7 @@ def test_memory_and_pauses_around_retention_carry_what_was_read() -> None:
         mamba_norm=nn.RMSNorm(),
         mamba=Retention(heads=2, key_dim=8, value_dim=8),
     )
-    stack = ChunkedStack(shape=shape, units=ChunkUnit((layer,)), rest=None, repeats=2, width=16)
+    stack = ChunkedStack(shape=shape, units=ChunkUnit((layer,)), rest=None, repeats=1, width=16)
     x = jax.random.normal(jax.random.key(0), (1, 24, 16))
     params = jax.jit(stack.init)(jax.random.key(1), x)
 
