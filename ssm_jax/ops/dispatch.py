@@ -7,6 +7,7 @@ Every op has ``reference`` (a sequential oracle) and ``xla`` (works everywhere).
 CPU host for an accelerator picks the accelerator's kernel. A name forces one, or raises with the reason.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,17 @@ _unavailable: dict[str, dict[str, str]] = {}
 def register(op: str, name: str, function: Callable[..., Any]) -> None:
     """Makes ``function`` the implementation ``name`` of ``op``. All implementations of an op share one signature."""
     _implementations.setdefault(op, {})[name] = function
+
+
+def register_lazy(op: str, name: str, where: str) -> None:
+    """Like ``register`` for the function "module:name", whose module is imported when it first runs: kernel files import what
+    ``import ssm_jax`` must not."""
+    module, function = where.split(":")
+
+    def run(*arrays: Any, **static: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arrays, **static)
+
+    register(op, name, run)
 
 
 def register_unavailable(op: str, name: str, reason: str) -> None:
