@@ -45,7 +45,7 @@ _INPUTS: tuple[tuple[Dimension, ...], ...] = (
 
 def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Array, Array, Array]:
     """y_BLE, the last state_BNE, and the states_KBNE that enter the chunks."""
-    if inputs.x_BLE.shape[1] == 1 or inputs.state_BNE.dtype != jnp.float32:
+    if inputs.state_BNE.dtype != jnp.float32:
         return xla.forward(inputs, dt_softplus=dt_softplus, chunk_size=chunk_size)
     core = functools.partial(_forward, dt_softplus=dt_softplus, chunk_size=chunk_size)
     folded = lanes.folding(core, (0,) * len(Inputs._fields), (0, 0, 1))
@@ -57,7 +57,7 @@ def backward(
     inputs: Inputs, states_KBNE: Array, d_y_BLE: Array, d_state_BNE: Array, *, dt_softplus: bool, chunk_size: int
 ) -> Inputs:
     """Gradients with respect to ``inputs``, from the states that entered the chunks; None for reset and lengths."""
-    if inputs.x_BLE.shape[1] == 1 or inputs.state_BNE.dtype != jnp.float32:
+    if inputs.state_BNE.dtype != jnp.float32:
         return xla.backward(inputs, states_KBNE, d_y_BLE, d_state_BNE, dt_softplus=dt_softplus, chunk_size=chunk_size)
     core = functools.partial(_backward, dt_softplus=dt_softplus, chunk_size=chunk_size)
     folded = lanes.folding(core, (*(0,) * len(Inputs._fields), 1, 0, 0), (0,) * 9)
@@ -80,10 +80,12 @@ def _like(d: Array, array: Any) -> Any:
 
 
 def _with_lanes(inputs: Inputs) -> Inputs:
-    """Parameters get an axis of one lane, and resets a type that a kernel can load."""
+    """Parameters get an axis of one lane, and resets a type that a kernel can load. B and C, which every program reads, are widened
+    once instead of in each of them."""
     D, bias = (None if v is None else v[None] for v in (inputs.D_E, inputs.dt_bias_E))
     reset = None if inputs.reset_BL is None else inputs.reset_BL.astype(jnp.int8)
-    return inputs._replace(A_NE=inputs.A_NE[None], D_E=D, dt_bias_E=bias, reset_BL=reset)
+    B, C = inputs.B_BLN.astype(jnp.float32), inputs.C_BLN.astype(jnp.float32)
+    return inputs._replace(A_NE=inputs.A_NE[None], B_BLN=B, C_BLN=C, D_E=D, dt_bias_E=bias, reset_BL=reset)
 
 
 def _forward(*arrays: Any, dt_softplus: bool, chunk_size: int) -> tuple[Array, ...]:
@@ -97,13 +99,13 @@ def _forward(*arrays: Any, dt_softplus: bool, chunk_size: int) -> tuple[Array, .
     none = inputs.A_NE
     state = jax.ShapeDtypeStruct(inputs.state_BNE.shape, jnp.float32)
     pointers = [none if array is None else array for array in (*inputs, decays, ends)]
-    return triton_call.call(
+    y, last, states = triton_call.call(
         kernels.forward,
         pointers,
         [
             jax.ShapeDtypeStruct(inputs.x_BLE.shape, inputs.x_BLE.dtype),
             state,
-            jax.ShapeDtypeStruct((chunks, *state.shape), jnp.float32),
+            jax.ShapeDtypeStruct((chunks, *state.shape) if chunks > 1 else (1,), jnp.float32),
         ],
         grid=(-(-channels // tuning.channels), batch, -(-chunks // segment)),
         num_warps=tuning.num_warps,
@@ -111,6 +113,7 @@ def _forward(*arrays: Any, dt_softplus: bool, chunk_size: int) -> tuple[Array, .
         HAS_D=inputs.D_E is not None,
         D_LANE=_lane_stride(inputs.D_E),
     )
+    return y, last, states if chunks > 1 else inputs.state_BNE[None]
 
 
 def _segment_ends(

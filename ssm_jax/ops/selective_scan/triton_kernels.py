@@ -23,13 +23,33 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 @no_type_check
 def _row(array, t, e, E: tl.constexpr, BE: tl.constexpr, live, RAGGED: tl.constexpr):
-    """Channels of token t, in float32; zeros where the token is absent."""
+    """Channels of token t from ``array`` on; zeros where the token is absent."""
     if RAGGED:
-        return tl.load(array + t * E + e, mask=(e < E) & live, other=0.0).to(tl.float32)
+        return tl.load(array + t * E + e, mask=(e < E) & live, other=0.0)
     elif E % BE != 0:
-        return tl.load(array + t * E + e, mask=e < E, other=0.0).to(tl.float32)
+        return tl.load(array + t * E + e, mask=e < E, other=0.0)
     else:
-        return tl.load(array + t * E + e).to(tl.float32)
+        return tl.load(array + t * E + e)
+
+
+@triton.jit
+@no_type_check
+def _block(
+    x, dt, z, t0, e, L: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr, length,
+    RAGGED: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """Rows of UNROLL tokens from t0 on, as they lie in memory; behind the end zeros, or what nobody reads."""
+    if not RAGGED:
+        t0 = tl.minimum(t0, L - UNROLL)
+    x, dt, z = x + t0 * E, dt + t0 * E, z + t0 * E
+    xs, dts, zs = (), (), ()
+    for u in tl.static_range(UNROLL):
+        live = t0 + u < length
+        xs = xs + (_row(x, u, e, E, BE, live, RAGGED),)
+        dts = dts + (_row(dt, u, e, E, BE, live, RAGGED),)
+        if HAS_Z:
+            zs = zs + (_row(z, u, e, E, BE, live, RAGGED),)
+    return xs, dts, zs
 
 
 @triton.jit
@@ -47,13 +67,22 @@ def _store_row(array, t, e, E: tl.constexpr, BE: tl.constexpr, inside, RAGGED: t
 @triton.jit
 @no_type_check
 def _map(array, t, n, N: tl.constexpr, NP: tl.constexpr, live, RAGGED: tl.constexpr):
-    """B or C of token t."""
+    """B or C of token t from ``array`` on."""
     if RAGGED:
         return tl.load(array + t * N + n, mask=(n < N) & live, other=0.0).to(tl.float32)
     elif N != NP:
         return tl.load(array + t * N + n, mask=n < N, other=0.0).to(tl.float32)
     else:
         return tl.load(array + t * N + n).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _is_reset(reset, u, t0, L: tl.constexpr, RAGGED: tl.constexpr):
+    if RAGGED:
+        return tl.load(reset + u, mask=t0 + u < L, other=0) != 0
+    else:
+        return tl.load(reset + u) != 0
 
 
 @triton.jit
@@ -158,25 +187,35 @@ def forward(
         h = _through(_tile(decays + there, n, e, N, NP, E, BE), _tile(ends + there, n, e, N, NP, E, BE), h)
     x, dt, z, y = x + b * L * E, dt + b * L * E, z + b * L * E, y + b * L * E
     B, C, reset = B + b * L * N, C + b * L * N, reset + b * L
+    BLOCKS: tl.constexpr = CHUNK // UNROLL
     K: tl.constexpr = (L + CHUNK - 1) // CHUNK
-    for k in range(s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, K)):
-        _store_tile(states + (k * LANES + b) * N * E, n, e, N, NP, E, BE, h)
-        for block in range(0, CHUNK // UNROLL):
-            for u in tl.static_range(UNROLL):
-                t = tl.cast(k, tl.int64) * CHUNK + block * UNROLL + u
-                live = t < length
-                x_e = _row(x, t, e, E, BE, live, RAGGED)
-                step, _ = _step_size(_row(dt, t, e, E, BE, live, RAGGED) + bias_e, live, SOFTPLUS, RAGGED)
-                B_n, C_n = _map(B, t, n, N, NP, live, RAGGED), _map(C, t, n, N, NP, live, RAGGED)
-                h = tl.exp2(step[None, :] * rates) * h
-                if HAS_RESET:
-                    h = tl.where(tl.load(reset + t, mask=t < L, other=0) != 0, 0.0, h)
-                h += (step * x_e)[None, :] * B_n[:, None]
-                y_e = tl.sum(h * C_n[:, None], axis=0) + D_e * x_e
-                if HAS_Z:
-                    z_e = _row(z, t, e, E, BE, live, RAGGED)
-                    y_e = y_e * z_e * _sigmoid(z_e)
-                _store_row(y, t, e, E, BE, t < L, RAGGED, y_e)
+    start = s * SEGMENT * BLOCKS
+    xs, dts, zs = _block(x, dt, z, tl.cast(start, tl.int64) * UNROLL, e, L, E, BE, UNROLL, length, RAGGED, HAS_Z)
+    for block in range(start, tl.minimum(s * SEGMENT + SEGMENT, K) * BLOCKS):
+        if K > 1 and block % BLOCKS == 0:
+            _store_tile(states + (tl.cast(block // BLOCKS, tl.int64) * LANES + b) * N * E, n, e, N, NP, E, BE, h)
+        t0 = tl.cast(block, tl.int64) * UNROLL
+        # The next block is on its way while this one is computed, and nothing is stored before all of its B and C are asked for.
+        next_xs, next_dts, next_zs = _block(x, dt, z, t0 + UNROLL, e, L, E, BE, UNROLL, length, RAGGED, HAS_Z)
+        B_block, C_block, reset_block, y_block = B + t0 * N, C + t0 * N, reset + t0, y + t0 * E
+        ys = ()
+        for u in tl.static_range(UNROLL):
+            live = t0 + u < length
+            x_e = xs[u].to(tl.float32)
+            step, _ = _step_size(dts[u].to(tl.float32) + bias_e, live, SOFTPLUS, RAGGED)
+            B_n, C_n = _map(B_block, u, n, N, NP, live, RAGGED), _map(C_block, u, n, N, NP, live, RAGGED)
+            h = tl.exp2(step[None, :] * rates) * h
+            if HAS_RESET:
+                h = tl.where(_is_reset(reset_block, u, t0, L, RAGGED), 0.0, h)
+            h += (step * x_e)[None, :] * B_n[:, None]
+            y_e = tl.sum(h * C_n[:, None], axis=0) + D_e * x_e
+            if HAS_Z:
+                z_e = zs[u].to(tl.float32)
+                y_e = y_e * z_e * _sigmoid(z_e)
+            ys = ys + (y_e,)
+        for u in tl.static_range(UNROLL):
+            _store_row(y_block, u, e, E, BE, t0 + u < L, RAGGED, ys[u])
+        xs, dts, zs = next_xs, next_dts, next_zs
     if s == tl.num_programs(2) - 1:
         _store_tile(last + b * N * E, n, e, N, NP, E, BE, h)
 
@@ -208,24 +247,26 @@ def segment_ends(
     first = tl.cast(s, tl.int64) * SEGMENT * CHUNK
     tokens = (tl.minimum(s * SEGMENT + SEGMENT, K) - s * SEGMENT) * CHUNK
     for block in range(0, tokens // UNROLL):
-        for u in tl.static_range(UNROLL):
-            i = block * UNROLL + u
-            t = first + (tokens - 1 - i if REVERSE else i)
-            live = t < length
-            x_e = _row(x, t, e, E, BE, live, RAGGED)
-            step, _ = _step_size(_row(dt, t, e, E, BE, live, RAGGED) + bias_e, live, SOFTPLUS, RAGGED)
-            B_n = _map(B, t, n, N, NP, live, RAGGED)
+        t0 = first + (tokens - (block + 1) * UNROLL if REVERSE else block * UNROLL)
+        x_block, dt_block, z_block, B_block, reset_block = x + t0 * E, dt + t0 * E, z + t0 * E, B + t0 * N, reset + t0
+        for i in tl.static_range(UNROLL):
+            u = UNROLL - 1 - i if REVERSE else i
+            live = t0 + u < length
+            x_e = _row(x_block, u, e, E, BE, live, RAGGED).to(tl.float32)
+            raw = _row(dt_block, u, e, E, BE, live, RAGGED).to(tl.float32) + bias_e
+            step, _ = _step_size(raw, live, SOFTPLUS, RAGGED)
+            B_n = _map(B_block, u, n, N, NP, live, RAGGED)
             decay = tl.exp2(step[None, :] * rates)
             total += step
             if REVERSE:
                 if HAS_Z:
-                    z_e = _row(z, t, e, E, BE, live, RAGGED)
+                    z_e = _row(z_block, u, e, E, BE, live, RAGGED).to(tl.float32)
                     x_e = x_e * z_e * _sigmoid(z_e)
                 carry = decay * (carry + x_e[None, :] * B_n[:, None])
             else:
                 carry = decay * carry
             if HAS_RESET:
-                fresh = tl.load(reset + t, mask=t < L, other=0) != 0
+                fresh = _is_reset(reset_block, u, t0, L, RAGGED)
                 carry = tl.where(fresh, 0.0, carry)
                 kept = tl.where(fresh, 0.0, kept)
             if not REVERSE:
@@ -286,56 +327,63 @@ def backward(
         h = _tile(states + (k * LANES + b) * N * E, n, e, N, NP, E, BE)
         for block in range(0, BLOCKS):
             tl.store(scratch + block * NP * BE, h)
+            t0 = k * CHUNK + block * UNROLL
+            x_block, dt_block, B_block, reset_block = x + t0 * E, dt + t0 * E, B + t0 * N, reset + t0
             for u in tl.static_range(UNROLL):
-                t = k * CHUNK + block * UNROLL + u
-                live = t < length
-                x_e = _row(x, t, e, E, BE, live, RAGGED)
-                step, _ = _step_size(_row(dt, t, e, E, BE, live, RAGGED) + bias_e, live, SOFTPLUS, RAGGED)
-                B_n = _map(B, t, n, N, NP, live, RAGGED)
+                live = t0 + u < length
+                x_e = _row(x_block, u, e, E, BE, live, RAGGED).to(tl.float32)
+                raw = _row(dt_block, u, e, E, BE, live, RAGGED).to(tl.float32) + bias_e
+                step, _ = _step_size(raw, live, SOFTPLUS, RAGGED)
+                B_n = _map(B_block, u, n, N, NP, live, RAGGED)
                 h = tl.exp2(step[None, :] * rates) * h
                 if HAS_RESET:
-                    h = tl.where(tl.load(reset + t, mask=t < L, other=0) != 0, 0.0, h)
+                    h = tl.where(_is_reset(reset_block, u, t0, L, RAGGED), 0.0, h)
                 h += (step * x_e)[None, :] * B_n[:, None]
         # The threads that load a state again may be others than those that stored it.
         tl.debug_barrier()
         for block_back in range(0, BLOCKS):
             block = BLOCKS - 1 - block_back
+            t0 = k * CHUNK + block * UNROLL
+            x_block, dt_block, z_block, d_y_block = x + t0 * E, dt + t0 * E, z + t0 * E, d_y + t0 * E
+            d_x_block, d_dt_block, d_z_block = d_x + t0 * E, d_dt + t0 * E, d_z + t0 * E
+            B_block, C_block, reset_block = B + t0 * N, C + t0 * N, reset + t0
+            d_B_block, d_C_block = d_B + t0 * N, d_C + t0 * N
             h = tl.load(scratch + block * NP * BE)
             ps, xs, steps, slopes, dys, fresh = (), (), (), (), (), ()
             for u in tl.static_range(UNROLL):
-                t = k * CHUNK + block * UNROLL + u
-                live = t < length
-                x_e = _row(x, t, e, E, BE, live, RAGGED)
-                dy_e = _row(d_y, t, e, E, BE, live, RAGGED)
-                step, slope = _step_size(_row(dt, t, e, E, BE, live, RAGGED) + bias_e, live, SOFTPLUS, RAGGED)
-                B_n = _map(B, t, n, N, NP, live, RAGGED)
+                live = t0 + u < length
+                x_e = _row(x_block, u, e, E, BE, live, RAGGED).to(tl.float32)
+                dy_e = _row(d_y_block, u, e, E, BE, live, RAGGED).to(tl.float32)
+                raw = _row(dt_block, u, e, E, BE, live, RAGGED).to(tl.float32) + bias_e
+                step, slope = _step_size(raw, live, SOFTPLUS, RAGGED)
+                B_n = _map(B_block, u, n, N, NP, live, RAGGED)
                 p = tl.exp2(step[None, :] * rates) * h
                 if HAS_RESET:
-                    fresh = fresh + (tl.load(reset + t, mask=t < L, other=0) != 0,)
+                    fresh = fresh + (_is_reset(reset_block, u, t0, L, RAGGED),)
                     p = tl.where(fresh[u], 0.0, p)
                 if HAS_Z:
                     h = p + (step * x_e)[None, :] * B_n[:, None]
-                    C_n = _map(C, t, n, N, NP, live, RAGGED)
-                    z_e = _row(z, t, e, E, BE, live, RAGGED)
+                    C_n = _map(C_block, u, n, N, NP, live, RAGGED)
+                    z_e = _row(z_block, u, e, E, BE, live, RAGGED).to(tl.float32)
                     gate = _sigmoid(z_e)
                     slope_z = gate * (1.0 + z_e * (1.0 - gate))
                     y_e = tl.sum(h * C_n[:, None], axis=0) + D_e * x_e
-                    _store_row(d_z, t, e, E, BE, t < L, RAGGED, dy_e * y_e * slope_z)
+                    _store_row(d_z_block, u, e, E, BE, t0 + u < L, RAGGED, dy_e * y_e * slope_z)
                     dy_e = dy_e * z_e * gate
                 elif u < UNROLL - 1:
                     h = p + (step * x_e)[None, :] * B_n[:, None]
                 ps, xs, steps, slopes, dys = ps + (p,), xs + (x_e,), steps + (step,), slopes + (slope,), dys + (dy_e,)
             for w in tl.static_range(UNROLL):
-                t = k * CHUNK + block * UNROLL + (UNROLL - 1 - w)
-                live = t < length
+                u = UNROLL - 1 - w
+                live = t0 + u < length
                 p, x_e, step, dy_e = ps[UNROLL - 1 - w], xs[UNROLL - 1 - w], steps[UNROLL - 1 - w], dys[UNROLL - 1 - w]
                 u_e = step * x_e
-                B_n, C_n = _map(B, t, n, N, NP, live, RAGGED), _map(C, t, n, N, NP, live, RAGGED)
+                B_n, C_n = _map(B_block, u, n, N, NP, live, RAGGED), _map(C_block, u, n, N, NP, live, RAGGED)
                 dC = tl.sum((p + u_e[None, :] * B_n[:, None]) * dy_e[None, :], axis=1)
                 g = q + dy_e[None, :] * C_n[:, None]
                 dB = tl.sum(g * u_e[None, :], axis=1)
-                tl.store(d_C + t * N + n, dC, mask=(n < N) & (t < L))
-                tl.store(d_B + t * N + n, dB, mask=(n < N) & (t < L))
+                tl.store(d_C_block + u * N + n, dC, mask=(n < N) & (t0 + u < L))
+                tl.store(d_B_block + u * N + n, dB, mask=(n < N) & (t0 + u < L))
                 du_e = tl.sum(g * B_n[:, None], axis=0)
                 gp = g * p
                 dA += step[None, :] * gp
@@ -346,8 +394,8 @@ def backward(
                     q = tl.where(fresh[UNROLL - 1 - w], 0.0, q)
                 dD += dy_e * x_e
                 d_bias_e += d_raw
-                _store_row(d_dt, t, e, E, BE, t < L, RAGGED, d_raw)
-                _store_row(d_x, t, e, E, BE, t < L, RAGGED, step * du_e + D_e * dy_e)
+                _store_row(d_dt_block, u, e, E, BE, t0 + u < L, RAGGED, d_raw)
+                _store_row(d_x_block, u, e, E, BE, t0 + u < L, RAGGED, step * du_e + D_e * dy_e)
         tl.debug_barrier()
     there = s * LANES + b
     _store_tile(d_A + there * N * E, n, e, N, NP, E, BE, dA)
