@@ -222,6 +222,7 @@ def _constants(inputs: tuple[Any, ...], tuning: Tuning) -> _How:
         "SEGMENTS": segments,
         "CONSTANT": log_decay.ndim == 2,
         "LOG_DECAY_LANE": 0 if log_decay.shape[0] == 1 else math.prod(log_decay.shape[1:]),
+        "EVEN": length % tuning.chunk == 0 and keys % tuning.keys == 0 and values % width == 0,
         "HAS_GAIN": gain is not None,
         "HAS_RESET": reset is not None,
         "PRECISION": "ieee"

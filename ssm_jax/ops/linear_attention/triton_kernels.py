@@ -34,22 +34,42 @@ def _dot(a, b, to, PRECISION: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _keys(array, t, n0, L: tl.constexpr, STRIDE: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
-    """Rows t of one tile of q or k, zeros beyond the end."""
-    n = n0 + tl.arange(0, BK)
-    return tl.load(array + t[:, None] * STRIDE + n[None, :], mask=(t[:, None] < L) & (n[None, :] < N), other=0.0)
+def _rows(array, c, x, L: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Columns x of the tokens of chunk c; zeros beyond the end, unless everything is EVEN: whole chunks and whole tiles."""
+    i = tl.arange(0, C)
+    there = array + tl.cast(c, tl.int64) * C * STRIDE + (i[:, None] * STRIDE + x[None, :])
+    if EVEN:
+        return tl.load(there)
+    else:
+        return tl.load(there, mask=(c * C + i[:, None] < L) & (x[None, :] < WIDTH), other=0.0)
 
 
 @triton.jit
 @no_type_check
-def _values(array, t, p, L: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr):
-    return tl.load(array + t[:, None] * STRIDE + p[None, :], mask=(t[:, None] < L) & (p[None, :] < P), other=0.0)
+def _store_rows(
+    array, c, x, L: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, rows
+):
+    i = tl.arange(0, C)
+    there = array + tl.cast(c, tl.int64) * C * STRIDE + (i[:, None] * STRIDE + x[None, :])
+    rows = rows.to(array.dtype.element_ty)
+    if EVEN:
+        tl.store(there, rows)
+    else:
+        tl.store(there, rows, mask=(c * C + i[:, None] < L) & (x[None, :] < WIDTH))
 
 
 @triton.jit
 @no_type_check
-def _per_token(array, t, H: tl.constexpr, L: tl.constexpr, other):
-    return tl.load(array + t * H, mask=t < L, other=other).to(tl.float32)
+def _per_token(array, c, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    i = tl.arange(0, C)
+    return tl.load(array + tl.cast(c, tl.int64) * C * H + i * H, mask=c * C + i < L, other=0.0).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _store_per_token(array, c, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, x):
+    i = tl.arange(0, C)
+    tl.store(array + tl.cast(c, tl.int64) * C * H + i * H, x, mask=c * C + i < L)
 
 
 @triton.jit
@@ -89,8 +109,6 @@ def _decays(
     pairs across one, decays are exactly zero.
     """
     i = tl.arange(0, C)
-    t = c * C + i
-    inside = t < L
     seen = i[:, None] >= i[None, :]
     if CONSTANT:
         between = (i[:, None] - i[None, :]).to(tl.float32) * rate
@@ -99,7 +117,7 @@ def _decays(
         leave = tl.exp2(tl.maximum(count - 1 - i, 0).to(tl.float32) * rate)
         whole = tl.exp2(count.to(tl.float32) * rate)
     else:
-        rates = tl.maximum(_per_token(log_decay, t, H, L, 0.0) * LOG2E, -160.0)
+        rates = tl.maximum(_per_token(log_decay, c, H, L, C) * LOG2E, -160.0)
         coarse = tl.floor(rates * 64.0) * 0.015625
         fine = rates - coarse
         coarse_sum, fine_sum = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
@@ -110,7 +128,7 @@ def _decays(
         whole = tl.exp2(coarse_all + fine_all)
     pair = tl.where(seen, tl.exp2(tl.where(seen, between, 0.0)), 0.0)
     if HAS_RESET:
-        starts = tl.load(reset + t, mask=inside, other=0).to(tl.int32)
+        starts = tl.load(reset + c * C + i, mask=c * C + i < L, other=0).to(tl.int32)
         document, documents = tl.cumsum(starts, 0), tl.sum(starts, 0)
         pair = tl.where(document[:, None] == document[None, :], pair, 0.0)
         entry = tl.where(document == 0, entry, 0.0)
@@ -155,7 +173,7 @@ def forward(
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     h, b, s = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
     p = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -167,26 +185,26 @@ def forward(
     S = _entering(state, decays, ends, p, h, b, s, SEGMENTS - 1 - s, LANES, H, N, P, BK, KT, False)
     CHUNKS: tl.constexpr = (L + C - 1) // C
     for c in range(s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)):
-        t = c * C + tl.arange(0, C)
         pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
-        v_c = _values(v, t, p, L, H * P, P)
+        v_c = _rows(v, c, p, L, C, H * P, P, EVEN)
         if HAS_GAIN:
-            gains = _per_token(gain, t, H, L, 0.0)
+            gains = _per_token(gain, c, H, L, C)
             pair, leave = pair * gains[None, :], leave * gains
         into = (v_c * leave[:, None]).to(v_c.dtype)
         scores = tl.zeros((C, C), tl.float32)
         out = tl.zeros((C, BV), tl.float32)
         new = ()
         for j in tl.static_range(KT):
-            q_c, k_c = _keys(q, t, j * BK, L, G * N, N, BK), _keys(k, t, j * BK, L, G * N, N, BK)
+            q_c, k_c = (
+                _rows(q, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN),
+                _rows(k, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN),
+            )
             scores = _dot(q_c, tl.trans(k_c), scores, PRECISION)
             out = _dot(q_c, S[j].to(q_c.dtype), out, PRECISION)
             new = new + (_dot(tl.trans(k_c), into, _carried(whole, S[j]), PRECISION),)
         out = out * entry[:, None]
         out = _dot((scores * pair).to(v_c.dtype), v_c, out, PRECISION)
-        tl.store(
-            y + t[:, None] * (H * P) + p[None, :], out.to(y.dtype.element_ty), mask=(t[:, None] < L) & (p[None, :] < P)
-        )
+        _store_rows(y, c, p, L, C, H * P, P, EVEN, out)
         S = new
     if s == SEGMENTS - 1:
         for j in tl.static_range(KT):
@@ -201,7 +219,7 @@ def segment_ends(
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
-    PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to a state that enters it: decay * state + end. In REVERSE, to the gradient of the state that leaves it,
     with q for ``k`` and the gradient of y for ``v``."""
@@ -215,23 +233,22 @@ def segment_ends(
     CHUNKS: tl.constexpr = (L + C - 1) // C
     first, end = s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)
     S = ()
-    for _ in tl.static_range(KT):
+    for j in tl.static_range(KT):
         S = S + (tl.zeros((BK, BV), tl.float32),)
     decay = 1.0
     for i in range(first, end):
         c = first + end - 1 - i if REVERSE else i
-        t = c * C + tl.arange(0, C)
         _, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
-        v_c = _values(v, t, p, L, H * P, P)
+        v_c = _rows(v, c, p, L, C, H * P, P, EVEN)
         if REVERSE:
             into = (v_c * entry[:, None]).to(v_c.dtype)
         else:
             if HAS_GAIN:
-                leave = leave * _per_token(gain, t, H, L, 0.0)
+                leave = leave * _per_token(gain, c, H, L, C)
             into = (v_c * leave[:, None]).to(v_c.dtype)
         new = ()
         for j in tl.static_range(KT):
-            k_c = _keys(k, t, j * BK, L, G * N, N, BK)
+            k_c = _rows(k, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN)
             new = new + (_dot(tl.trans(k_c), into, _carried(whole, S[j]), PRECISION),)
         S = new
         decay = decay * whole
@@ -250,7 +267,7 @@ def query_gradients(
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
-    PRECISION: tl.constexpr, OF_DECAYS: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, OF_DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Forward in time, the states once more: dq = ((dy v^T) * M) k + exp(G) dy S^T, in parts [value blocks, lanes, L, H, N].
 
@@ -273,29 +290,26 @@ def query_gradients(
     S = _entering(state, decays, ends, p, h, b, s, SEGMENTS - 1 - s, LANES, H, N, P, BK, KT, False)
     CHUNKS: tl.constexpr = (L + C - 1) // C
     for c in range(s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)):
-        t = c * C + tl.arange(0, C)
         pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
-        v_c, d_c = _values(v, t, p, L, H * P, P), _values(d_y, t, p, L, H * P, P)
+        v_c, d_c = _rows(v, c, p, L, C, H * P, P, EVEN), _rows(d_y, c, p, L, C, H * P, P, EVEN)
         if HAS_GAIN:
-            gains = _per_token(gain, t, H, L, 0.0)
+            gains = _per_token(gain, c, H, L, C)
             pair, leave = pair * gains[None, :], leave * gains
         into = (v_c * leave[:, None]).to(v_c.dtype)
         d_scores = (_dot(d_c, tl.trans(v_c), None, PRECISION) * pair).to(v_c.dtype)
         read = tl.zeros((C,), tl.float32)
         new = ()
         for j in tl.static_range(KT):
-            k_c = _keys(k, t, j * BK, L, G * N, N, BK)
+            k_c = _rows(k, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN)
             dq = _dot(d_c, tl.trans(S[j]).to(d_c.dtype), None, PRECISION) * entry[:, None]
             if OF_DECAYS:
-                read += tl.sum(dq * _keys(q, t, j * BK, L, G * N, N, BK).to(tl.float32), axis=1)
+                read += tl.sum(dq * _rows(q, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN).to(tl.float32), axis=1)
                 _store_state(states + ((c * LANES + b) * H + h) * N * P, j * BK, p, N, P, BK, S[j])
             dq = _dot(d_scores, k_c, dq, PRECISION)
-            n = j * BK + tl.arange(0, BK)
-            where = d_q + (part + t[:, None] * H) * N + n[None, :]
-            tl.store(where, dq.to(d_q.dtype.element_ty), mask=(t[:, None] < L) & (n[None, :] < N))
+            _store_rows(d_q + part * N, c, j * BK + tl.arange(0, BK), L, C, H * N, N, EVEN, dq)
             new = new + (_dot(tl.trans(k_c), into, _carried(whole, S[j]), PRECISION),)
         if OF_DECAYS:
-            tl.store(reads + part + t * H, read, mask=t < L)
+            _store_per_token(reads + part, c, H, L, C, read)
         S = new
 
 
@@ -307,7 +321,7 @@ def key_value_gradients(
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
-    PRECISION: tl.constexpr, OF_DECAYS: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, OF_DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Backward in time, with dS, the gradient of the state that leaves a chunk:
 
@@ -335,47 +349,43 @@ def key_value_gradients(
     first, end = s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)
     for back in range(first, end):
         c = first + end - 1 - back
-        t = c * C + tl.arange(0, C)
         pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
-        v_c, d_c = _values(v, t, p, L, H * P, P), _values(d_y, t, p, L, H * P, P)
+        v_c, d_c = _rows(v, c, p, L, C, H * P, P, EVEN), _rows(d_y, c, p, L, C, H * P, P, EVEN)
         out = (d_c * entry[:, None]).to(d_c.dtype)
         scores = tl.zeros((C, C), tl.float32)
         for j in tl.static_range(KT):
-            q_c, k_c = _keys(q, t, j * BK, L, G * N, N, BK), _keys(k, t, j * BK, L, G * N, N, BK)
+            q_c, k_c = (
+                _rows(q, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN),
+                _rows(k, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN),
+            )
             scores = _dot(q_c, tl.trans(k_c), scores, PRECISION)
         scores = scores * pair
         d_scores = _dot(d_c, tl.trans(v_c), None, PRECISION)
         dv = tl.zeros((C, BV), tl.float32)
         for j in tl.static_range(KT):
-            k_c = _keys(k, t, j * BK, L, G * N, N, BK)
+            k_c = _rows(k, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN)
             dv = _dot(k_c, dS[j].to(k_c.dtype), dv, PRECISION)
         dv = dv * leave[:, None]
-        gains = _per_token(gain, t, H, L, 0.0) if HAS_GAIN else tl.full((C,), 1.0, tl.float32)
+        gains = _per_token(gain, c, H, L, C) if HAS_GAIN else tl.full((C,), 1.0, tl.float32)
         if OF_DECAYS:
             write = tl.sum(dv * v_c.to(tl.float32), axis=1) * gains
-            tl.store(writes + part + t * H, write, mask=t < L)
+            _store_per_token(writes + part, c, H, L, C, write)
             W = scores * d_scores * gains[None, :]
-            tl.store(pairs + part + t * H, tl.sum(W, axis=1) - tl.sum(W, axis=0), mask=t < L)
+            _store_per_token(pairs + part, c, H, L, C, tl.sum(W, axis=1) - tl.sum(W, axis=0))
         dv = _dot(tl.trans(scores).to(d_c.dtype), d_c, dv, PRECISION)
         if OF_DECAYS:
-            tl.store(d_gain + part + t * H, tl.sum(dv * v_c.to(tl.float32), axis=1), mask=t < L)
+            _store_per_token(d_gain + part, c, H, L, C, tl.sum(dv * v_c.to(tl.float32), axis=1))
         dv = dv * gains[:, None]
-        tl.store(
-            d_v + t[:, None] * (H * P) + p[None, :],
-            dv.to(d_v.dtype.element_ty),
-            mask=(t[:, None] < L) & (p[None, :] < P),
-        )
+        _store_rows(d_v, c, p, L, C, H * P, P, EVEN, dv)
         d_scores = (d_scores * pair * gains[None, :]).to(d_c.dtype)
         leave = leave * gains
         over = 0.0
         new = ()
         for j in tl.static_range(KT):
-            q_c = _keys(q, t, j * BK, L, G * N, N, BK)
+            q_c = _rows(q, c, j * BK + tl.arange(0, BK), L, C, G * N, N, EVEN)
             dk = _dot(v_c, tl.trans(dS[j]).to(v_c.dtype), None, PRECISION) * leave[:, None]
             dk = _dot(tl.trans(d_scores), q_c, dk, PRECISION)
-            n = j * BK + tl.arange(0, BK)
-            where = d_k + (part + t[:, None] * H) * N + n[None, :]
-            tl.store(where, dk.to(d_k.dtype.element_ty), mask=(t[:, None] < L) & (n[None, :] < N))
+            _store_rows(d_k + part * N, c, j * BK + tl.arange(0, BK), L, C, H * N, N, EVEN, dk)
             if OF_DECAYS:
                 S = _state(states + ((c * LANES + b) * H + h) * N * P, j * BK, p, N, P, BK)
                 over += tl.sum(tl.sum(S * dS[j], axis=1), axis=0)
