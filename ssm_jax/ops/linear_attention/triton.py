@@ -27,10 +27,18 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-# By the number of keys, up to and including: from the compiled code (benchmarks/results/static.json). Float32 products are exact
-# rather than fast, and not for tensor cores.
-FORWARD = {64: Tuning(64, 64, 64, 4), 128: Tuning(64, 128, 64, 4), 1024: Tuning(64, 128, 32, 4)}
-BACKWARD = {64: Tuning(64, 64, 64, 4), 128: Tuning(64, 128, 64, 8), 1024: Tuning(64, 128, 32, 8)}
+# By what decays are (a constant per head, or one per token) and the number of keys, up to and including; from the compiled code
+# (benchmarks/results/static.json): no spills up to 128 keys. The two gradients of decays per token share their chunks.
+TUNING: dict[tuple[str, bool], dict[int, Tuning]] = {
+    ("forward", True): {64: Tuning(64, 64, 64, 4), 128: Tuning(64, 128, 64, 8), 256: Tuning(64, 128, 64, 8)},
+    ("forward", False): {64: Tuning(64, 64, 64, 8), 128: Tuning(64, 128, 32, 8), 256: Tuning(64, 128, 64, 8)},
+    ("queries", True): {64: Tuning(64, 64, 64, 4), 128: Tuning(64, 128, 64, 8), 256: Tuning(64, 128, 64, 8)},
+    ("keys", True): {64: Tuning(64, 64, 64, 4), 128: Tuning(32, 128, 64, 8), 256: Tuning(32, 128, 32, 4)},
+    ("queries", False): {64: Tuning(32, 64, 64, 4), 128: Tuning(32, 128, 32, 4)},
+    ("keys", False): {64: Tuning(32, 64, 64, 4), 128: Tuning(32, 128, 32, 4)},
+}
+WIDE = Tuning(32, 128, 32, 8)
+# Float32 products are exact rather than fast, and not for tensor cores.
 FLOAT32 = Tuning(16, 64, 32, 4)
 # Two programs for each of an H200's 132 multiprocessors.
 FILLING_PROGRAMS = 264
@@ -97,7 +105,7 @@ def _prepared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _forward(*inputs: Any, chunk_size: int) -> tuple[Array, ...]:
     q, k, v, gain, log_decay, state, reset = inputs
-    how = _constants(inputs, _tuning(FORWARD, q, chunk_size))
+    how = _constants(inputs, "forward", chunk_size)
     decays, ends = _segment_ends(k, v, inputs, how, reverse=False)
     return _call(
         kernels.forward,
@@ -111,40 +119,38 @@ def _backward(*arrays: Any, chunk_size: int) -> tuple[Array, ...]:
     inputs, (d_y, d_last) = arrays[:7], arrays[7:]
     q, k, v, gain, log_decay, state, reset = inputs
     d_y = d_y.astype(v.dtype)
-    batch, length, heads, values = v.shape
+    batch, length, heads, _ = v.shape
     groups, keys = q.shape[2:]
-    how = _constants(inputs, _tuning(BACKWARD, q, chunk_size))
-    blocks, of_decays = -(-values // how.constants["BV"]), not how.constants["CONSTANT"]
-    chunks = -(-length // how.constants["C"])
+    how, of_keys = (_constants(inputs, kernel, chunk_size) for kernel in ("queries", "keys"))
+    of_decays = not how.constants["CONSTANT"]
+    chunks = -(-length // of_keys.constants["C"])
 
-    def parts(*shape: int) -> jax.ShapeDtypeStruct:
+    def parts(how: _How, *shape: int) -> jax.ShapeDtypeStruct:
         """In the inputs' type where there is nothing to add up."""
-        alone = blocks == 1 and groups == heads and len(shape) == 4
-        return jax.ShapeDtypeStruct((blocks, *shape), v.dtype if alone else jnp.float32)
+        alone = how.grid[0] == 1 and groups == heads and len(shape) == 4
+        return jax.ShapeDtypeStruct((how.grid[0], *shape), v.dtype if alone else jnp.float32)
 
     nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
-    per_token = parts(batch, length, heads) if of_decays else nothing
+    per_token = (batch, length, heads)
     states = jax.ShapeDtypeStruct((chunks, *state.shape), jnp.float32) if of_decays else nothing
     decays, ends = _segment_ends(k, v, inputs, how, reverse=False)
     d_q, reads, entering = _call(
         kernels.query_gradients,
         how,
         [q, k, v, gain, log_decay, state, reset, d_y, decays, ends],
-        [parts(batch, length, heads, keys), per_token, states],
+        [parts(how, batch, length, heads, keys), parts(how, *per_token) if of_decays else nothing, states],
         OF_DECAYS=of_decays,
     )
-    decays, ends = _segment_ends(q, d_y, inputs, how, reverse=True)
+    decays, ends = _segment_ends(q, d_y, inputs, of_keys, reverse=True)
     d_k, d_v, d_gain, pairs, writes, kept, d_state = _call(
         kernels.key_value_gradients,
-        how,
+        of_keys,
         [q, k, v, gain, log_decay, reset, d_y, d_last, entering, decays, ends],
         [
-            parts(batch, length, heads, keys),
+            parts(of_keys, batch, length, heads, keys),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
-            per_token,
-            per_token,
-            per_token,
-            parts(batch, chunks, heads) if of_decays else nothing,
+            *[parts(of_keys, *per_token) if of_decays else nothing] * 3,
+            parts(of_keys, batch, chunks, heads) if of_decays else nothing,
             jax.ShapeDtypeStruct(state.shape, jnp.float32),
         ],
         OF_DECAYS=of_decays,
@@ -190,16 +196,18 @@ class _How(NamedTuple):
     constants: dict[str, Any]
 
 
-def _tuning(table: dict[int, Tuning], q: Array, chunk_size: int) -> Tuning:
+def _tuning(kernel: str, inputs: tuple[Any, ...], chunk_size: int) -> Tuning:
     """A smaller chunk is obeyed, as far as matrix units can."""
-    keys = q.shape[-1]
-    tuning = FLOAT32 if q.dtype == jnp.float32 else next(t for most, t in table.items() if keys <= most)
+    keys = inputs[0].shape[-1]
+    table = TUNING[kernel, inputs[4].ndim == 2]
+    tuning = FLOAT32 if inputs[0].dtype == jnp.float32 else next((t for most, t in table.items() if keys <= most), WIDE)
     chunk = max(16, min(tuning.chunk, 1 << (chunk_size.bit_length() - 1)))
     return tuning._replace(chunk=chunk, keys=max(16, min(tuning.keys, 1 << (keys - 1).bit_length())))
 
 
-def _constants(inputs: tuple[Any, ...], tuning: Tuning) -> _How:
+def _constants(inputs: tuple[Any, ...], kernel: str, chunk_size: int) -> _How:
     q, _, v, gain, log_decay, _, reset = inputs
+    tuning = _tuning(kernel, inputs, chunk_size)
     batch, length, heads, values = v.shape
     groups, keys = q.shape[2:]
     width = max(16, min(tuning.values, 1 << (values - 1).bit_length()))
