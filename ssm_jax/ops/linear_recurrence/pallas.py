@@ -79,22 +79,22 @@ def _call(
 
 
 def _kernel(a: Any, b: Any, state: Any, out: Any, h: Any, *, reverse: bool, unroll: bool) -> None:
-    tiles, (groups, _) = a.shape[0], h.shape
+    tiles, groups = a.shape[0], h.shape[0]
+    together = max(n for n in (1, 2, 4, 8) if tiles % n == 0)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         h[...] = state[...]
 
-    def tile(i: Any, h_t: Array) -> Array:
-        i = tiles - 1 - i if reverse else i
-
+    def some_tiles(i: Any, h_t: Array) -> Array:
         def token(s: Any, h_t: Array) -> Array:
-            s = SUBLANES - 1 - s if reverse else s
-            at = (i, pl.ds(s, groups, stride=SUBLANES), slice(None))
+            t = i * together * SUBLANES + s
+            t = tiles * SUBLANES - 1 - t if reverse else t
+            at = (t >> 3, pl.ds(t & 7, groups, stride=SUBLANES), slice(None))
             h_t = a[at] * h_t + b[at]
             out[at] = h_t
             return h_t
 
-        return lax.fori_loop(0, SUBLANES, token, h_t, unroll=unroll)
+        return lax.fori_loop(0, together * SUBLANES, token, h_t, unroll=unroll)
 
-    h[...] = lax.fori_loop(0, tiles, tile, h[...])
+    h[...] = lax.fori_loop(0, tiles // together, some_tiles, h[...])
