@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -21,7 +22,7 @@ from ssm_jax.ops.lanes import folding
 from ssm_jax.ops.mesh import over_mesh
 from ssm_jax.ops.selective_scan import xla
 from ssm_jax.ops.selective_scan.inputs import Inputs
-from ssm_jax.ops.selective_scan.pallas_kernels import TOGETHER, Plan, backward_kernel, forward_kernel
+from ssm_jax.ops.selective_scan.pallas_kernels import COLUMNS, PITCH, ROWS, TOGETHER, Plan, backward_kernel, forward_kernel
 from ssm_jax.ops.tpu import LANES, SUBLANES, ChannelBlocks, channel_blocks, compiled_or_interpreted, fill
 
 MOST_TOKENS = 256
@@ -104,9 +105,9 @@ def _forward(*arrays: Array | None, softplus: bool, chunk: int) -> tuple[Array, 
         "last": jax.ShapeDtypeStruct(given["state"].shape, jnp.float32),
         "states": jax.ShapeDtypeStruct((steps * plan.chunks, batch, plan.entries, blocks.channels), jnp.float32),
     }
-    tile = (plan.rows * SUBLANES, LANES)
-    columns = given["bc"].shape[2]
-    scratch = {"dt_scratch": tile, "u_scratch": tile, "y_scratch": tile, "bc_scratch": (columns, plan.rows, LANES)}
+    tile = (ROWS * PITCH, LANES)
+    tiles = {"dt": tile, "u": tile, "y": tile, "bc": (plan.columns, ROWS, LANES)}
+    scratch = {f"{name}_scratch{half}": shape for half in ("_even", "_odd") for name, shape in tiles.items()}
     found = _call(forward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=False)
     y = _without_filling(found["y"], plan, length, channels)
     return y, _unpack_state(found["last"], plan, blocks, channels), found["states"][..., :channels]
@@ -137,15 +138,14 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
         outputs["d_z"] = jax.ShapeDtypeStruct(given["z"].shape, given["z"].dtype)
     for name in {"D", "dt_bias"} & given.keys():
         outputs[f"d_{name}"] = float32(batch, SUBLANES, blocks.channels)
-    chunk_tokens = (plan.filled * SUBLANES, LANES)
-    columns = given["bc"].shape[2]
+    chunk_tokens = (plan.filled * PITCH, LANES)
     scratch = {
-        "h": (rows * SUBLANES, LANES),
+        "h": (rows * PITCH, LANES),
         "p": (plan.filled * plan.entries, blocks.groups, LANES),
         **dict.fromkeys(("dt_scratch", "u_scratch", "dy_scratch", "d_dt_scratch", "d_u_scratch"), chunk_tokens),
-        "y_scratch": (plan.rows * SUBLANES, LANES),
-        "bc_scratch": (plan.filled // plan.rows * columns, plan.rows, LANES),
-        "products": (2 * TOGETHER * SUBLANES, LANES),
+        "y_scratch": (ROWS * PITCH, LANES),
+        "bc_scratch": (plan.filled // ROWS * plan.columns, ROWS, LANES),
+        "products": (2 * TOGETHER * PITCH, LANES),
     }
     found = _call(backward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=True)
     cut = functools.partial(_without_filling, plan=plan, length=length, channels=channels)
@@ -169,14 +169,13 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
 
 def _plan(inputs: Inputs, softplus: bool, chunk: int) -> tuple[Plan, ChannelBlocks, int]:
     length, channels = inputs.x_BLE.shape[1:]
-    narrow = any(v is not None and v.dtype.itemsize == 2 for v in (inputs.x_BLE, inputs.dt_BLE, inputs.z_BLE))
-    rows = SUBLANES * (2 if narrow else 1)
-    filled = -(-chunk // rows) * rows
+    filled = -(-chunk // (2 * ROWS)) * 2 * ROWS
     count = -(-length // chunk)
     together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * filled <= MOST_TOKENS))
     blocks = channel_blocks(channels)
+    resets = inputs.reset_BL is not None
     masked = inputs.lengths_B is not None or count * filled != length
-    plan = Plan(inputs.A_NE.shape[1], blocks.groups, chunk, filled, rows, together, softplus, masked, unroll=True)
+    plan = Plan(inputs.A_NE.shape[1], blocks.groups, chunk, filled, together, softplus, resets, masked, unroll=True)
     return plan, blocks, count // together
 
 
@@ -191,13 +190,27 @@ def _operands(inputs: Inputs, plan: Plan, blocks: ChannelBlocks, steps: int) -> 
         "x": _filled(inputs.x_BLE, plan, blocks.channels),
         "dt": _filled(inputs.dt_BLE, plan, blocks.channels),
         "z": None if inputs.z_BLE is None else _filled(inputs.z_BLE, plan, blocks.channels),
-        "bc": _filled(jnp.concatenate([v.astype(jnp.float32) for v in maps], axis=2), plan),
+        "bc": _in_parts(_filled(jnp.concatenate([v.astype(jnp.float32) for v in maps], axis=2), plan)),
+        "masks": jnp.asarray(-(np.arange(LANES) % COLUMNS == np.arange(COLUMNS)[:, None]).astype(np.int32)),
         "A": jnp.moveaxis(A.reshape(*A.shape[:2], blocks.count, blocks.groups, LANES), 2, 1),
         "D": None if inputs.D_E is None else fill(inputs.D_E, 1, blocks.channels)[:, None],
         "dt_bias": None if inputs.dt_bias_E is None else fill(inputs.dt_bias_E, 1, blocks.channels)[:, None],
         "state": _pack_state(inputs.state_BNE, plan, blocks),
     }
     return {name: array for name, array in operands.items() if array is not None}
+
+
+def _in_parts(v: Array) -> Array:
+    """Every number as three of bfloat16 whose sum it is. [..., 128] holds the first, second and third parts of ``COLUMNS`` columns."""
+    v = fill(v, 2, -(-v.shape[2] // COLUMNS) * COLUMNS)
+    parts = []
+    for _ in range(3):
+        # Not a conversion there and back, which the compiler may leave out.
+        parts.append(jax.lax.reduce_precision(v, exponent_bits=8, mantissa_bits=7))
+        v = v - parts[-1]
+    stacked = jnp.stack([part.reshape(*v.shape[:2], -1, COLUMNS) for part in parts], axis=3)
+    stacked = fill(stacked.reshape(*v.shape[:2], -1, 3 * COLUMNS), 3, LANES)
+    return stacked.reshape(*v.shape[:2], -1).astype(jnp.bfloat16)
 
 
 def _filled(v: Array, plan: Plan, channels: int | None = None) -> Array:
@@ -217,15 +230,15 @@ def _without_filling(v: Array, plan: Plan, length: int, channels: int) -> Array:
 
 
 def _pack_state(state_BNE: Array, plan: Plan, blocks: ChannelBlocks) -> Array:
-    """[B, N, E] to [B, block, (n, group), 128], with 8 rows for every entry."""
+    """[B, N, E] to [B, block, (n, group), 128], with ``PITCH`` rows for every entry."""
     batch, entries, _ = state_BNE.shape
     v = fill(state_BNE, 2, blocks.channels).reshape(batch, entries, blocks.count, blocks.groups, LANES)
-    v = fill(fill(jnp.moveaxis(v, 2, 1), 3, SUBLANES), 2, plan.entry_rows)
+    v = fill(fill(jnp.moveaxis(v, 2, 1), 3, PITCH), 2, plan.entry_rows)
     return v.reshape(batch, blocks.count, -1, LANES)
 
 
 def _unpack_state(v: Array, plan: Plan, blocks: ChannelBlocks, channels: int) -> Array:
-    v = v.reshape(v.shape[0], blocks.count, -1, SUBLANES, LANES)[:, :, : plan.entries, : blocks.groups]
+    v = v.reshape(v.shape[0], blocks.count, -1, PITCH, LANES)[:, :, : plan.entries, : blocks.groups]
     return jnp.moveaxis(v, 1, 2).reshape(v.shape[0], plan.entries, -1)[..., :channels]
 
 
@@ -292,6 +305,8 @@ def _block(
         return pl.BlockSpec((None, plan.places, blocks.size), index(step, block))
     if name == "bc":
         return pl.BlockSpec((None, plan.places, shape[2]), index(step, zero))
+    if name == "masks":
+        return pl.BlockSpec(shape, lambda b, e, c, _: (0, 0))
     if name == "s":
         return pl.BlockSpec((None, None, plan.places, LANES), index(block, step, zero))
     if name == "d_bc":

@@ -16,28 +16,42 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ssm_jax.ops.tpu import LANES, SUBLANES
 
-TOGETHER = 16
+import os; TOGETHER = int(os.environ.get("TOG", 16))
 """State entries that are held in registers at once."""
+PITCH = SUBLANES + 1
+"""Rows from one token or entry to the next. With 8, a register's rows would lie in one bank, and be read in two halves."""
+
+
+ROWS = 16
+"""Tokens of a tile: of one register in bfloat16, of two in float32."""
+COLUMNS = LANES // 3
+"""Columns of B and C in one register, each in three parts."""
 
 
 class Plan(NamedTuple):
     """What is known when a kernel is built.
 
-    A chunk of ``chunk`` tokens takes up ``filled`` places, tiles of ``rows``; a program's step is ``chunks`` of them.
+    A chunk of ``chunk`` tokens takes up ``filled`` places, tiles of ``ROWS``; a program's step is ``chunks`` of them.
     """
 
     entries: int
     groups: int
     chunk: int
     filled: int
-    rows: int
     chunks: int
     softplus: bool
+    resets: bool
     masked: bool
     unroll: bool
+
+    @property
+    def columns(self) -> int:
+        """Of B, C and the resets."""
+        return 2 * self.entries + self.resets
 
     @property
     def places(self) -> int:
@@ -50,7 +64,7 @@ class Plan(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """``rows`` tokens: where they lie in the arrays of the step, and in scratch arrays of one chunk."""
+    """``ROWS`` tokens: where they lie in the arrays of the step, and in scratch arrays of one chunk."""
 
     index: Any
     at: Any
@@ -60,6 +74,8 @@ class Tile(NamedTuple):
 def forward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
     """x, dt, z, bc, A, D, dt_bias, state -> y, states; ``last`` is the state all along."""
     state, length, step = refs["last"], refs["lengths"][pl.program_id(0)], pl.program_id(2)
+    tiles = plan.filled // ROWS
+    halves = [{name.removesuffix(half): ref for name, ref in refs.items()} for half in ("_even", "_odd")]
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -70,21 +86,34 @@ def forward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
             count = min(SUBLANES, plan.entries - first)
             refs["states"][k, first : first + count, _lanes(col)] = state[_rows(first, col, count), :]
 
-        def tile(i: Any, _: None) -> None:
-            here = _tile(plan, length, step, k, i)
-            _spread(plan, refs, here, 0)
-            _discretise(plan, refs, here, 0)
-            for entries in _entries_together(plan):
-                _advance(plan, refs, state, entries)
-            for col in range(plan.groups):
-                y = _skip(plan, refs, here, col, _token_tile(plan, refs["y_scratch"], 0, col))
-                if "z" in refs:
-                    z = _load(refs["z"], here, col)
-                    y = y * z * lax.logistic(z)
-                refs["y"][here.at, _lanes(col)] = y.astype(refs["y"].dtype)
+        def two_tiles(i: Any, _: None) -> None:
+            for half in (0, 1):
+                for entries in _entries_together(plan):
+                    _advance(plan, halves[half], state, entries)
+                prepare(k, 2 * i + half + 1, halves[1 - half])
+                finish(_tile(plan, length, step, k, 2 * i + half), halves[half])
 
-        _loop(plan.filled // plan.rows, tile)
+        _loop(tiles // 2, two_tiles)
 
+    def prepare(k: Any, i: Any, refs: dict[str, Any]) -> None:
+        """Tile i of chunk k, or the first of the next chunk; behind the last one, something that nobody uses."""
+        if not isinstance(i, int) or i == tiles:
+            over = jnp.asarray(i == tiles, jnp.int32)
+            last = jnp.asarray(k == plan.chunks - 1, jnp.int32)
+            k, i = k + over * (1 - last), i - over * (1 - last) * tiles - over * last
+        here = _tile(plan, length, step, k, i)
+        _spread(plan, refs, here, 0)
+        _discretise(plan, refs, here, 0)
+
+    def finish(here: Tile, refs: dict[str, Any]) -> None:
+        for col in range(plan.groups):
+            y = _skip(plan, refs, here, col, _token_tile(plan, refs["y_scratch"], 0, col))
+            if "z" in refs:
+                z = _load(refs["z"], here, col)
+                y = y * z * lax.logistic(z)
+            refs["y"][here.at, _lanes(col)] = y.astype(refs["y"].dtype)
+
+    prepare(0, 0, halves[0])
     _loop(plan.chunks, chunk)
 
 
@@ -106,7 +135,7 @@ def _advance(plan: Plan, refs: dict[str, Any], state: Any, entries: range) -> No
         return h
 
     h = tuple(state[_token_rows(plan, n), :] for n in entries)
-    h = lax.fori_loop(0, plan.rows, token, h, unroll=plan.unroll)
+    h = _tokens(plan, token, h)
     for n, h_n in zip(entries, h, strict=True):
         state[_token_rows(plan, n), :] = h_n
 
@@ -125,7 +154,7 @@ def backward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
             refs[name][...] = jnp.zeros_like(refs[name])
 
     length, step = refs["lengths"][pl.program_id(0)], pl.num_programs(2) - 1 - pl.program_id(2)
-    tiles = plan.filled // plan.rows
+    tiles = plan.filled // ROWS
 
     def chunk(k: Any, _: None) -> None:
         k = plan.chunks - 1 - k
@@ -159,7 +188,7 @@ def _states_again(plan: Plan, refs: dict[str, Any], i: Any, entries: range) -> N
     A = [refs["A"][n] for n in entries]
 
     def token(s: Any, h: tuple[Array, ...]) -> tuple[Array, ...]:
-        t = i * plan.rows + s
+        t = i * ROWS + s
         dt, u = (_token(plan, refs[name], t) for name in ("dt_scratch", "u_scratch"))
         starts = _starts(plan, refs, s, i)
         p = [_decayed(dt, A_n, h_n, starts) for A_n, h_n in zip(A, h, strict=True)]
@@ -174,14 +203,14 @@ def _states_again(plan: Plan, refs: dict[str, Any], i: Any, entries: range) -> N
         return h
 
     h = tuple(refs["h"][_token_rows(plan, n), :] for n in entries)
-    h = lax.fori_loop(0, plan.rows, token, h, unroll=plan.unroll)
+    h = _tokens(plan, token, h)
     for n, h_n in zip(entries, h, strict=True):
         refs["h"][_token_rows(plan, n), :] = h_n
 
 
 def _through_gate(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
     """d_z, d_D, and the gradient of the recurrence's y; also s, the sum over channels of dy u, but for its 128 lanes."""
-    s = jnp.zeros((plan.rows, LANES), jnp.float32)
+    s = jnp.zeros((ROWS, LANES), jnp.float32)
     for col in range(plan.groups):
         d_y = _where_present(here, _load(refs["d_y"], here, col))
         if "z" in refs:
@@ -210,8 +239,8 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
 
     def token(s: Any, carry: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Any:
         q, d_A = carry
-        s = plan.rows - 1 - s
-        t = i * plan.rows + s
+        s = ROWS - 1 - s
+        t = i * ROWS + s
         dt, u, d_y = (_token(plan, refs[name], t) for name in ("dt_scratch", "u_scratch", "dy_scratch"))
         starts = _starts(plan, refs, s, i)
         p = [refs["p"][t * plan.entries + n] for n in entries]
@@ -225,12 +254,12 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
         refs["d_dt_scratch"][_token_rows(plan, t), :] = d_dt
         refs["d_u_scratch"][_token_rows(plan, t), :] = d_u
         for n in range(count):
-            refs["products"][pl.ds(n * SUBLANES, plan.groups), :] = g[n] * u
-            refs["products"][pl.ds((TOGETHER + n) * SUBLANES, plan.groups), :] = p[n] * d_y
+            refs["products"][_token_rows(plan, n), :] = g[n] * u
+            refs["products"][_token_rows(plan, TOGETHER + n), :] = p[n] * d_y
         for half, first_row in enumerate((0, plan.entry_rows)):
             for first in range(0, count, SUBLANES):
-                start = (half * TOGETHER + first) * SUBLANES
-                total = _sum([refs["products"][pl.ds(start + j, SUBLANES, stride=SUBLANES), :] for j in range(plan.groups)])
+                start = half * TOGETHER + first
+                total = _sum([refs["products"][_rows(start, col, SUBLANES), :] for col in range(plan.groups)])
                 total = jnp.sum(total, axis=1, keepdims=True)
                 at = (k, pl.ds(first_row + entries.start + first, SUBLANES), slice(None))
                 refs["d_bc"][at] = jnp.where(lane == t, total, refs["d_bc"][at])
@@ -239,7 +268,7 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
 
     q = tuple(q_ref[_token_rows(plan, n), :] for n in entries)
     d_A = tuple(refs["d_A"][n] for n in entries)
-    q, d_A = lax.fori_loop(0, plan.rows, token, (q, d_A), unroll=plan.unroll)
+    q, d_A = _tokens(plan, token, (q, d_A))
     for n, q_n, d_A_n in zip(entries, q, d_A, strict=True):
         q_ref[_token_rows(plan, n), :] = q_n
         refs["d_A"][n] = d_A_n
@@ -285,23 +314,28 @@ def _skip(plan: Plan, refs: dict[str, Any], here: Tile, col: int, y: Array) -> A
 
 
 def _spread(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
-    """Every column of B, C and (where given) the resets over a register's lanes."""
-    bc = refs["bc"][here.at, :]
-    columns = bc.shape[1]
-    for n in range(columns):
-        refs["bc_scratch"][i * columns + n] = jnp.broadcast_to(bc[:, n : n + 1], (plan.rows, LANES))
+    """Every column of B, C and (where given) the resets over a register's lanes.
+
+    A column alone, other columns masked out, times a matrix of ones: its three parts are added up without rounding, in every lane.
+    """
+    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+    for first in range(0, plan.columns, COLUMNS):
+        columns = range(min(COLUMNS, plan.columns - first))
+        bits = pltpu.bitcast(refs["bc"][here.at, _lanes(first // COLUMNS)], jnp.int32)
+        alone = jnp.concatenate([bits & refs["masks"][n : n + 1, :] for n in columns], axis=0)
+        spread = jnp.dot(pltpu.bitcast(alone, jnp.bfloat16), ones, preferred_element_type=jnp.float32)
+        for n in columns:
+            refs["bc_scratch"][i * plan.columns + first + n] = spread[n * ROWS : (n + 1) * ROWS]
 
 
 def _map(plan: Plan, refs: dict[str, Any], n: int, s: Any, i: Any = 0) -> Array:
     """Entry n of B (or entries + n: of C) of token s of tile i, in all rows."""
-    row = refs["bc_scratch"][i * refs["bc"].shape[1] + n, pl.ds(s, 1), :]
+    row = refs["bc_scratch"][i * plan.columns + n, pl.ds(s, 1), :]
     return jnp.broadcast_to(row, (plan.groups, LANES))
 
 
 def _starts(plan: Plan, refs: dict[str, Any], s: Any, i: Any = 0) -> Array | None:
-    if refs["bc"].shape[1] == 2 * plan.entries:
-        return None
-    return _map(plan, refs, 2 * plan.entries, s, i) > 0
+    return _map(plan, refs, 2 * plan.entries, s, i) > 0 if plan.resets else None
 
 
 def _decayed(dt: Array, A: Array, h: Array, starts: Array | None) -> Array:
@@ -310,11 +344,11 @@ def _decayed(dt: Array, A: Array, h: Array, starts: Array | None) -> Array:
 
 
 def _tile(plan: Plan, length: Any, step: Any, k: Any, i: Any) -> Tile:
-    at = pl.ds(_multiple(k * plan.filled + i * plan.rows, plan.rows), plan.rows)
+    at = pl.ds(_multiple(k * plan.filled + i * ROWS, ROWS), ROWS)
     if not plan.masked:
         return Tile(i, at, None)
     there = jnp.minimum(length - (step * plan.chunks + k) * plan.chunk, plan.chunk)
-    return Tile(i, at, i * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 0) < there)
+    return Tile(i, at, i * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0) < there)
 
 
 def _where_present(here: Tile, v: Array) -> Array:
@@ -327,18 +361,18 @@ def _load(ref: Any, here: Tile, col: int) -> Array:
 
 def _accumulate(plan: Plan, ref: Any, col: int, v: Array) -> None:
     """Adds up tokens, but for the last 8 rows."""
-    parts = [v[first : first + SUBLANES] for first in range(0, plan.rows, SUBLANES)]
+    parts = [v[first : first + SUBLANES] for first in range(0, ROWS, SUBLANES)]
     ref[:, _lanes(col)] += _sum(parts)
 
 
 def _store_tokens(plan: Plan, scratch: Any, i: Any, col: int, v: Array) -> None:
-    for first in range(0, plan.rows, SUBLANES):
-        scratch[_rows(i * plan.rows + first, col, SUBLANES), :] = v[first : first + SUBLANES]
+    for first in range(0, ROWS, SUBLANES):
+        scratch[_rows(i * ROWS + first, col, SUBLANES), :] = v[first : first + SUBLANES]
 
 
 def _token_tile(plan: Plan, scratch: Any, i: Any, col: int) -> Array:
-    firsts = range(0, plan.rows, SUBLANES)
-    parts = [scratch[_rows(i * plan.rows + first, col, SUBLANES), :] for first in firsts]
+    firsts = range(0, ROWS, SUBLANES)
+    parts = [scratch[_rows(i * ROWS + first, col, SUBLANES), :] for first in firsts]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 
@@ -348,7 +382,7 @@ def _token(plan: Plan, scratch: Any, t: Any) -> Array:
 
 def _token_rows(plan: Plan, t: Any) -> Any:
     """All groups of one token, or of one state entry."""
-    return pl.ds(_multiple(t * SUBLANES, SUBLANES), plan.groups)
+    return pl.ds(t * PITCH, plan.groups)
 
 
 def _multiple(of: Any, size: int) -> Any:
@@ -357,7 +391,7 @@ def _multiple(of: Any, size: int) -> Any:
 
 def _rows(first: Any, col: int, count: int) -> Any:
     """One group of ``count`` tokens or state entries."""
-    return pl.ds(first * SUBLANES + col, count, stride=SUBLANES)
+    return pl.ds(first * PITCH + col, count, stride=PITCH)
 
 
 def _state_tiles(plan: Plan) -> list[tuple[int, int]]:
@@ -385,3 +419,19 @@ def _loop(count: int, body: Callable[[Any, None], None]) -> None:
         body(0, None)
     else:
         lax.fori_loop(0, count, lambda i, carry: body(i, carry), None)
+
+
+UN = int(os.environ.get("UN", 64))
+
+
+def _tokens(plan, token, carry):
+    if not plan.unroll:
+        return lax.fori_loop(0, ROWS, token, carry)
+    un = min(UN, ROWS)
+    def some(i, carry):
+        for s in range(un):
+            carry = token(i * un + s, carry)
+        return carry
+    if un == ROWS:
+        return some(0, carry)
+    return lax.fori_loop(0, ROWS // un, some, carry)
