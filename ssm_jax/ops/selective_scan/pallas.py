@@ -2,7 +2,7 @@
 
 Programs run over lanes and blocks of channels side by side, and over time one after the other, states in fast memory between them.
 The arrays of the caller are read and written as they are, in their own dtype; only a number of channels that is no multiple of 128,
-or chunks that do not fill tiles of 8 (bfloat16: 16) tokens, cost a copy. What is summed over channels or lanes is written once per
+or a chunk that is none of 16 tokens, costs a copy. What is summed over channels or lanes is written once per
 block of channels, or lane, and added up afterwards: the same in every run.
 """
 
@@ -22,7 +22,15 @@ from ssm_jax.ops.lanes import folding
 from ssm_jax.ops.mesh import over_mesh
 from ssm_jax.ops.selective_scan import xla
 from ssm_jax.ops.selective_scan.inputs import Inputs
-from ssm_jax.ops.selective_scan.pallas_kernels import COLUMNS, PITCH, ROWS, TOGETHER, Plan, backward_kernel, forward_kernel
+from ssm_jax.ops.selective_scan.pallas_kernels import (
+    COLUMNS,
+    PITCH,
+    ROWS,
+    TOGETHER,
+    Plan,
+    backward_kernel,
+    forward_kernel,
+)
 from ssm_jax.ops.tpu import LANES, SUBLANES, ChannelBlocks, channel_blocks, compiled_or_interpreted, fill
 
 MOST_TOKENS = 256
@@ -35,7 +43,9 @@ SEQUENCE = ("lanes", None, "channels")
 MAP = ("lanes", None, None)
 CHANNEL = ("lanes", "channels")
 KEPT_STATES = (None, "lanes", None, "channels")
-DIMENSIONS = Inputs(SEQUENCE, SEQUENCE, SEQUENCE, MAP, MAP, CHANNEL, SEQUENCE, CHANNEL, SEQUENCE, ("lanes", None), ("lanes",))
+DIMENSIONS = Inputs(
+    SEQUENCE, SEQUENCE, SEQUENCE, MAP, MAP, CHANNEL, SEQUENCE, CHANNEL, SEQUENCE, ("lanes", None), ("lanes",)
+)
 
 
 def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Array, Array, Array]:
@@ -54,9 +64,7 @@ def backward(
 ) -> Inputs:
     """Gradients with respect to ``inputs``, from the states that entered the chunks; None for reset and lengths."""
     if not _suits(inputs, chunk_size):
-        return xla.backward(
-            inputs, states_KBNE, d_y_BLE, d_state_BNE, dt_softplus=dt_softplus, chunk_size=chunk_size
-        )
+        return xla.backward(inputs, states_KBNE, d_y_BLE, d_state_BNE, dt_softplus=dt_softplus, chunk_size=chunk_size)
     names = [
         name
         for name, value in zip(Inputs._fields, inputs, strict=True)
@@ -106,8 +114,7 @@ def _forward(*arrays: Array | None, softplus: bool, chunk: int) -> tuple[Array, 
         "states": jax.ShapeDtypeStruct((steps * plan.chunks, batch, plan.entries, blocks.channels), jnp.float32),
     }
     tile = (ROWS * PITCH, LANES)
-    tiles = {"dt": tile, "u": tile, "y": tile, "bc": (plan.columns, ROWS, LANES)}
-    scratch = {f"{name}_scratch{half}": shape for half in ("_even", "_odd") for name, shape in tiles.items()}
+    scratch = {"dt_scratch": tile, "u_scratch": tile, "y_scratch": tile, "bc_scratch": (plan.columns, ROWS, LANES)}
     found = _call(forward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=False)
     y = _without_filling(found["y"], plan, length, channels)
     return y, _unpack_state(found["last"], plan, blocks, channels), found["states"][..., :channels]
@@ -145,7 +152,7 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
         **dict.fromkeys(("dt_scratch", "u_scratch", "dy_scratch", "d_dt_scratch", "d_u_scratch"), chunk_tokens),
         "y_scratch": (ROWS * PITCH, LANES),
         "bc_scratch": (plan.filled // ROWS * plan.columns, ROWS, LANES),
-        "products": (2 * TOGETHER * PITCH, LANES),
+        "products": (ROWS * 2 * TOGETHER * PITCH, LANES),
     }
     found = _call(backward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=True)
     cut = functools.partial(_without_filling, plan=plan, length=length, channels=channels)
@@ -169,13 +176,13 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
 
 def _plan(inputs: Inputs, softplus: bool, chunk: int) -> tuple[Plan, ChannelBlocks, int]:
     length, channels = inputs.x_BLE.shape[1:]
-    filled = -(-chunk // (2 * ROWS)) * 2 * ROWS
+    filled = -(-chunk // ROWS) * ROWS
     count = -(-length // chunk)
     together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * filled <= MOST_TOKENS))
     blocks = channel_blocks(channels)
     resets = inputs.reset_BL is not None
     masked = inputs.lengths_B is not None or count * filled != length
-    plan = Plan(inputs.A_NE.shape[1], blocks.groups, chunk, filled, together, softplus, resets, masked, unroll=True)
+    plan = Plan(inputs.A_NE.shape[1], blocks.groups, chunk, filled, together, softplus, resets, masked, compiled=True)
     return plan, blocks, count // together
 
 
@@ -258,7 +265,7 @@ def _call(
 
     def run(*arrays: Array, interpret: bool) -> list[Array]:
         def body(*refs: Any) -> None:
-            kernel(plan._replace(unroll=not interpret), dict(zip(names, refs, strict=True)))
+            kernel(plan._replace(compiled=not interpret), dict(zip(names, refs, strict=True)))
 
         def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
             return _block(name, shape, plan, blocks, (lambda c: steps - 1 - c) if backwards else (lambda c: c))

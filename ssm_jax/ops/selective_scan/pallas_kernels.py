@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ssm_jax.ops.tpu import LANES, SUBLANES
 
-import os; TOGETHER = int(os.environ.get("TOG", 16))
+TOGETHER = 16
 """State entries that are held in registers at once."""
 PITCH = SUBLANES + 1
 """Rows from one token or entry to the next. With 8, a register's rows would lie in one bank, and be read in two halves."""
@@ -30,6 +30,10 @@ ROWS = 16
 """Tokens of a tile: of one register in bfloat16, of two in float32."""
 COLUMNS = LANES // 3
 """Columns of B and C in one register, each in three parts."""
+
+
+SMALL = 4.4e-4
+"""Below it, e^3 / 3 is nothing beside e in float32."""
 
 
 class Plan(NamedTuple):
@@ -46,7 +50,7 @@ class Plan(NamedTuple):
     softplus: bool
     resets: bool
     masked: bool
-    unroll: bool
+    compiled: bool
 
     @property
     def columns(self) -> int:
@@ -74,8 +78,6 @@ class Tile(NamedTuple):
 def forward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
     """x, dt, z, bc, A, D, dt_bias, state -> y, states; ``last`` is the state all along."""
     state, length, step = refs["last"], refs["lengths"][pl.program_id(0)], pl.program_id(2)
-    tiles = plan.filled // ROWS
-    halves = [{name.removesuffix(half): ref for name, ref in refs.items()} for half in ("_even", "_odd")]
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -86,34 +88,21 @@ def forward_kernel(plan: Plan, refs: dict[str, Any]) -> None:
             count = min(SUBLANES, plan.entries - first)
             refs["states"][k, first : first + count, _lanes(col)] = state[_rows(first, col, count), :]
 
-        def two_tiles(i: Any, _: None) -> None:
-            for half in (0, 1):
-                for entries in _entries_together(plan):
-                    _advance(plan, halves[half], state, entries)
-                prepare(k, 2 * i + half + 1, halves[1 - half])
-                finish(_tile(plan, length, step, k, 2 * i + half), halves[half])
+        def tile(i: Any, _: None) -> None:
+            here = _tile(plan, length, step, k, i)
+            _spread(plan, refs, here, 0)
+            _discretise(plan, refs, here, 0)
+            for entries in _entries_together(plan):
+                _advance(plan, refs, state, entries)
+            for col in range(plan.groups):
+                y = _skip(plan, refs, here, col, _token_tile(plan, refs["y_scratch"], 0, col))
+                if "z" in refs:
+                    z = _load(refs["z"], here, col)
+                    y = y * z * _sigmoid(plan, z)
+                refs["y"][here.at, _lanes(col)] = y.astype(refs["y"].dtype)
 
-        _loop(tiles // 2, two_tiles)
+        _loop(plan.filled // ROWS, tile)
 
-    def prepare(k: Any, i: Any, refs: dict[str, Any]) -> None:
-        """Tile i of chunk k, or the first of the next chunk; behind the last one, something that nobody uses."""
-        if not isinstance(i, int) or i == tiles:
-            over = jnp.asarray(i == tiles, jnp.int32)
-            last = jnp.asarray(k == plan.chunks - 1, jnp.int32)
-            k, i = k + over * (1 - last), i - over * (1 - last) * tiles - over * last
-        here = _tile(plan, length, step, k, i)
-        _spread(plan, refs, here, 0)
-        _discretise(plan, refs, here, 0)
-
-    def finish(here: Tile, refs: dict[str, Any]) -> None:
-        for col in range(plan.groups):
-            y = _skip(plan, refs, here, col, _token_tile(plan, refs["y_scratch"], 0, col))
-            if "z" in refs:
-                z = _load(refs["z"], here, col)
-                y = y * z * lax.logistic(z)
-            refs["y"][here.at, _lanes(col)] = y.astype(refs["y"].dtype)
-
-    prepare(0, 0, halves[0])
     _loop(plan.chunks, chunk)
 
 
@@ -215,7 +204,7 @@ def _through_gate(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
         d_y = _where_present(here, _load(refs["d_y"], here, col))
         if "z" in refs:
             z = _load(refs["z"], here, col)
-            gate = lax.logistic(z)
+            gate = _sigmoid(plan, z)
             y = _skip(plan, refs, here, col, _token_tile(plan, refs["y_scratch"], 0, col))
             d_z = d_y * y * (gate * (1 + z * (1 - gate)))
             refs["d_z"][here.at, _lanes(col)] = d_z.astype(refs["d_z"].dtype)
@@ -254,11 +243,11 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
         refs["d_dt_scratch"][_token_rows(plan, t), :] = d_dt
         refs["d_u_scratch"][_token_rows(plan, t), :] = d_u
         for n in range(count):
-            refs["products"][_token_rows(plan, n), :] = g[n] * u
-            refs["products"][_token_rows(plan, TOGETHER + n), :] = p[n] * d_y
+            refs["products"][_token_rows(plan, 2 * TOGETHER * s + n), :] = g[n] * u
+            refs["products"][_token_rows(plan, 2 * TOGETHER * s + TOGETHER + n), :] = p[n] * d_y
         for half, first_row in enumerate((0, plan.entry_rows)):
             for first in range(0, count, SUBLANES):
-                start = half * TOGETHER + first
+                start = (2 * s + half) * TOGETHER + first
                 total = _sum([refs["products"][_rows(start, col, SUBLANES), :] for col in range(plan.groups)])
                 total = jnp.sum(total, axis=1, keepdims=True)
                 at = (k, pl.ds(first_row + entries.start + first, SUBLANES), slice(None))
@@ -279,7 +268,8 @@ def _through_step_size(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> 
     for col in range(plan.groups):
         x = _load(refs["x"], here, col)
         dt, d_dt, d_u, d_y = (
-            _token_tile(plan, refs[name], i, col) for name in ("dt_scratch", "d_dt_scratch", "d_u_scratch", "dy_scratch")
+            _token_tile(plan, refs[name], i, col)
+            for name in ("dt_scratch", "d_dt_scratch", "d_u_scratch", "dy_scratch")
         )
         d_x = d_u * dt
         if "D" in refs:
@@ -287,7 +277,7 @@ def _through_step_size(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> 
         refs["d_x"][here.at, _lanes(col)] = d_x.astype(refs["d_x"].dtype)
         d_dt = d_dt * math.log(2) + d_u * x
         if plan.softplus:
-            d_dt *= lax.logistic(_raw_step_size(plan, refs, here, col))
+            d_dt *= _sigmoid(plan, _raw_step_size(plan, refs, here, col))
         d_dt = _where_present(here, d_dt)
         if "dt_bias" in refs:
             _accumulate(plan, refs["d_dt_bias"], col, d_dt)
@@ -299,9 +289,22 @@ def _discretise(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
     for col in range(plan.groups):
         dt = _raw_step_size(plan, refs, here, col)
         if plan.softplus:
-            dt = jnp.maximum(dt, 0) + jnp.log1p(jnp.exp(-jnp.abs(dt)))
+            dt = _softplus(dt)
         _store_tokens(plan, refs["dt_scratch"], i, col, _where_present(here, dt))
         _store_tokens(plan, refs["u_scratch"], i, col, _where_present(here, dt * _load(refs["x"], here, col)))
+
+
+def _softplus(x: Array) -> Array:
+    """max(x, 0) + log(1 + e^-|x|), by a parabola where 1 + e has lost digits: as the compiler's log1p does, for positive numbers."""
+    e = jnp.exp2(jnp.abs(x) * (-1 / math.log(2)))
+    return jnp.maximum(x, 0) + jnp.where(e < SMALL, (1 - 0.5 * e) * e, jnp.log(1 + e))
+
+
+def _sigmoid(plan: Plan, x: Array) -> Array:
+    """1 / (1 + e^-x) with one Newton step after the processor's estimate: a denominator between 1 and 2^115 needs no other care."""
+    denominator = 1 + jnp.exp2(jnp.minimum(x * (-1 / math.log(2)), 115.0))
+    estimate = pl.reciprocal(denominator, approx=plan.compiled)
+    return estimate + estimate * (1 - denominator * estimate)
 
 
 def _raw_step_size(plan: Plan, refs: dict[str, Any], here: Tile, col: int) -> Array:
@@ -421,17 +424,6 @@ def _loop(count: int, body: Callable[[Any, None], None]) -> None:
         lax.fori_loop(0, count, lambda i, carry: body(i, carry), None)
 
 
-UN = int(os.environ.get("UN", 64))
-
-
-def _tokens(plan, token, carry):
-    if not plan.unroll:
-        return lax.fori_loop(0, ROWS, token, carry)
-    un = min(UN, ROWS)
-    def some(i, carry):
-        for s in range(un):
-            carry = token(i * un + s, carry)
-        return carry
-    if un == ROWS:
-        return some(0, carry)
-    return lax.fori_loop(0, ROWS // un, some, carry)
+def _tokens(plan: Plan, token: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """``token`` for every token of a tile, one after the other: in one piece of code where it is compiled for a TPU."""
+    return lax.fori_loop(0, ROWS, token, carry, unroll=plan.compiled)
