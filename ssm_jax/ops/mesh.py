@@ -58,9 +58,7 @@ def over_mesh(
 
         def spec(dimensions: Sequence[Dimension], shape: tuple[int, ...] | None = None) -> PartitionSpec:
             shared = [shape is not None and shape[i] == 1 for i in range(len(dimensions))]
-            return PartitionSpec(
-                *(None if alone else axes[d] or None for d, alone in zip(dimensions, shared, strict=True))
-            )
+            return PartitionSpec(*(None if alone else axes[d] or None for d, alone in zip(dimensions, shared, strict=True)))
 
         def part(*parts: Array | None) -> tuple[Array, ...]:
             results = function(*parts)

@@ -11,9 +11,9 @@ SUBLANES, LANES = 8, 128
 
 
 class ChannelBlocks(NamedTuple):
-    """``count`` blocks of ``groups`` (at most 8) times 128 channels: each block fills the registers of one program."""
+    """``number`` blocks of ``groups`` (at most 8) times 128 channels: each block fills the registers of one program."""
 
-    count: int
+    number: int
     groups: int
 
     @property
@@ -22,19 +22,19 @@ class ChannelBlocks(NamedTuple):
 
     @property
     def channels(self) -> int:
-        return self.count * self.size
+        return self.number * self.size
 
 
 def channel_blocks(channels: int) -> ChannelBlocks:
     """The fewest blocks that hold all channels, each no larger than needed: 1536 are two of 768, not 1024 and half of 1024."""
     groups = -(-channels // LANES)
-    count = -(-groups // SUBLANES)
-    return ChannelBlocks(count, -(-groups // count))
+    number = -(-groups // SUBLANES)
+    return ChannelBlocks(number, -(-groups // number))
 
 
-def fill(array: Array | None, axis: int, size: int, value: float = 0) -> Array | None:
+def fill(array: Array, axis: int, size: int, value: float = 0.0) -> Array:
     """``array`` with ``value`` appended to ``axis`` up to ``size``."""
-    if array is None or array.shape[axis] == size:
+    if array.shape[axis] == size:
         return array
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, size - array.shape[axis])

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ssm_jax.ops.lanes import folding
 from ssm_jax.ops.linear_recurrence.xla import xla
-from ssm_jax.ops.mesh import over_mesh
+from ssm_jax.ops.mesh import Dimension, over_mesh
 from ssm_jax.ops.tpu import LANES, SUBLANES, ChannelBlocks, channel_blocks, compiled_or_interpreted, fill
 
 MOST_TOKENS = 256
@@ -25,7 +25,7 @@ def pallas(a: Array, b: Array, state: Array, *, reverse: bool = False, chunk_siz
     """Real float32. Everything else runs ``xla``, and so does an ``a`` that is shared by some channels: it is never copied."""
     if a.dtype != jnp.float32 or b.dtype != jnp.float32 or a.shape[2:] != b.shape[2:]:
         return xla(a, b, state, reverse=reverse, chunk_size=chunk_size)
-    lanes = ("lanes", None, "channels")
+    lanes: tuple[Dimension, ...] = ("lanes", None, "channels")
     run = over_mesh(functools.partial(_run, reverse=reverse), (lanes, lanes, ("lanes", "channels")), (lanes,))
     flat = (a.reshape(*a.shape[:2], -1), b.reshape(*b.shape[:2], -1), state.reshape(state.shape[0], -1))
     (h,) = folding(run, (0, 0, 0), (0,))(*flat)
@@ -46,9 +46,9 @@ def _run(a_BLE: Array, b_BLE: Array, state_BE: Array, *, reverse: bool) -> tuple
         return v.transpose(0, 1, 3, 2, 4).reshape(v.shape[0], steps * tiles, -1, LANES)
 
     kernel = functools.partial(_call, reverse=reverse, steps=steps, tiles=tiles, blocks=blocks)
-    state = fill(state_BE, 1, blocks.channels).reshape(batch, blocks.count, blocks.groups, LANES)
+    state = fill(state_BE, 1, blocks.channels).reshape(batch, blocks.number, blocks.groups, LANES)
     # A filled-up token hands h on: it comes first where the direction is reversed.
-    h = compiled_or_interpreted(kernel, tiled(a_BLE, 1), tiled(b_BLE, 0), state)
+    h = compiled_or_interpreted(kernel, tiled(a_BLE, 1.0), tiled(b_BLE, 0.0), state)
     h = h.reshape(batch, steps * tiles, -1, SUBLANES, LANES).transpose(0, 1, 3, 2, 4)
     return (h.reshape(batch, filled, blocks.channels)[:, :length, :channels],)
 
@@ -65,7 +65,7 @@ def _call(
     return pl.pallas_call(
         functools.partial(_kernel, reverse=reverse, unroll=not interpret),
         out_shape=jax.ShapeDtypeStruct(b.shape, b.dtype),
-        grid=(b.shape[0], blocks.count, steps),
+        grid=(b.shape[0], blocks.number, steps),
         in_specs=[
             sequence(a),
             sequence(b),

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ssm_jax.ops.lanes import folding
-from ssm_jax.ops.mesh import over_mesh
+from ssm_jax.ops.mesh import Dimension, over_mesh
 from ssm_jax.ops.selective_scan import xla
 from ssm_jax.ops.selective_scan.inputs import Inputs
 from ssm_jax.ops.selective_scan.pallas_kernels import (
@@ -39,13 +39,25 @@ MOST_BYTES_OF_STATES = 16 * 2**20
 """Of one chunk's states, which the backward pass holds in fast memory."""
 FAST_MEMORY = 60 * 2**20
 
-SEQUENCE = ("lanes", None, "channels")
-MAP = ("lanes", None, None)
-CHANNEL = ("lanes", "channels")
-KEPT_STATES = (None, "lanes", None, "channels")
-DIMENSIONS = Inputs(
-    SEQUENCE, SEQUENCE, SEQUENCE, MAP, MAP, CHANNEL, SEQUENCE, CHANNEL, SEQUENCE, ("lanes", None), ("lanes",)
-)
+Dimensions = tuple[Dimension, ...]
+SEQUENCE: Dimensions = ("lanes", None, "channels")
+MAP: Dimensions = ("lanes", None, None)
+CHANNEL: Dimensions = ("lanes", "channels")
+KEPT_STATES: Dimensions = (None, "lanes", None, "channels")
+DIMENSIONS: dict[str, Dimensions] = {
+    "x_BLE": SEQUENCE,
+    "dt_BLE": SEQUENCE,
+    "A_NE": SEQUENCE,
+    "B_BLN": MAP,
+    "C_BLN": MAP,
+    "D_E": CHANNEL,
+    "z_BLE": SEQUENCE,
+    "dt_bias_E": CHANNEL,
+    "state_BNE": SEQUENCE,
+    "reset_BL": ("lanes", None),
+    "lengths_B": ("lanes",),
+}
+"""Of every input, parameters with an axis for the lane before."""
 
 
 def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Array, Array, Array]:
@@ -54,7 +66,7 @@ def forward(inputs: Inputs, *, dt_softplus: bool, chunk_size: int) -> tuple[Arra
         return xla.forward(inputs, dt_softplus=dt_softplus, chunk_size=chunk_size)
     function = functools.partial(_forward, softplus=dt_softplus, chunk=chunk_size)
     out_dimensions = (SEQUENCE, SEQUENCE, KEPT_STATES)
-    run = folding(over_mesh(function, DIMENSIONS, out_dimensions), [0] * len(inputs), (0, 0, 1))
+    run = folding(over_mesh(function, tuple(DIMENSIONS.values()), out_dimensions), [0] * len(inputs), (0, 0, 1))
     y, state, states = run(*_per_lane(inputs))
     return y, state, states
 
@@ -73,19 +85,20 @@ def backward(
     function = functools.partial(_backward, names=names, softplus=dt_softplus, chunk=chunk_size)
     run = over_mesh(
         function,
-        (*DIMENSIONS, KEPT_STATES, SEQUENCE, SEQUENCE),
-        [getattr(DIMENSIONS, name) for name in names],
+        (*DIMENSIONS.values(), KEPT_STATES, SEQUENCE, SEQUENCE),
+        [DIMENSIONS[name] for name in names],
         ["channels" if name in ("B_BLN", "C_BLN") else None for name in names],
     )
     folded = folding(run, (*[0] * len(inputs), 1, 0, 0), [0] * len(names))
     found = folded(*_per_lane(inputs), states_KBNE, d_y_BLE, d_state_BNE)
     gradients = dict(zip(names, found, strict=True))
     summed = {name: gradients[name].sum(0) for name in ("A_NE", "D_E", "dt_bias_E") if name in gradients}
-    return Inputs(**{**dict.fromkeys(Inputs._fields), **gradients, **summed})
+    absent: dict[str, Any] = dict.fromkeys(Inputs._fields)
+    return Inputs(**{**absent, **gradients, **summed})
 
 
 def _suits(inputs: Inputs, chunk_size: int) -> bool:
-    """One token is a closed form for the compiler; registers hold 32 bits; a chunk's states fit, and its tokens a register's lanes."""
+    """One token is a closed form for the compiler; registers hold 32 bits; a chunk's states fit, and its tokens in 128 lanes."""
     sequences = [inputs.x_BLE, inputs.dt_BLE, inputs.z_BLE]
     length, entries = inputs.x_BLE.shape[1], inputs.A_NE.shape[0]
     return (
@@ -99,12 +112,12 @@ def _suits(inputs: Inputs, chunk_size: int) -> bool:
 
 def _per_lane(inputs: Inputs) -> Inputs:
     """Parameters as those of one lane, which stands for all."""
-    A, D, dt_bias = (None if v is None else v[None] for v in (inputs.A_NE, inputs.D_E, inputs.dt_bias_E))
-    return inputs._replace(A_NE=A, D_E=D, dt_bias_E=dt_bias)
+    D, dt_bias = (None if v is None else v[None] for v in (inputs.D_E, inputs.dt_bias_E))
+    return inputs._replace(A_NE=inputs.A_NE[None], D_E=D, dt_bias_E=dt_bias)
 
 
-def _forward(*arrays: Array | None, softplus: bool, chunk: int) -> tuple[Array, Array, Array]:
-    inputs = Inputs(*arrays)  # type: ignore[arg-type]
+def _forward(*arrays: Any, softplus: bool, chunk: int) -> tuple[Array, Array, Array]:
+    inputs = Inputs(*arrays)
     batch, length, channels = inputs.x_BLE.shape
     plan, blocks, steps = _plan(inputs, softplus, chunk)
     given = _operands(inputs, plan, blocks, steps)
@@ -115,14 +128,16 @@ def _forward(*arrays: Array | None, softplus: bool, chunk: int) -> tuple[Array, 
     }
     tile = (ROWS * PITCH, LANES)
     scratch = {"dt_scratch": tile, "u_scratch": tile, "y_scratch": tile, "bc_scratch": (plan.columns, ROWS, LANES)}
+    if plan.resets:
+        scratch["kept_scratch"] = (1, ROWS, LANES)
     found = _call(forward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=False)
     y = _without_filling(found["y"], plan, length, channels)
     return y, _unpack_state(found["last"], plan, blocks, channels), found["states"][..., :channels]
 
 
-def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk: int) -> tuple[Array, ...]:
-    *inputs_, states, d_y, d_state = arrays
-    inputs = Inputs(*inputs_)  # type: ignore[arg-type]
+def _backward(*arrays: Any, names: Sequence[str], softplus: bool, chunk: int) -> tuple[Array, ...]:
+    *given_inputs, states, d_y, d_state = arrays
+    inputs = Inputs(*given_inputs)
     batch, length, channels = inputs.x_BLE.shape
     plan, blocks, steps = _plan(inputs, softplus, chunk)
     given = _operands(inputs._replace(state_BNE=d_state), plan, blocks, steps)
@@ -137,8 +152,8 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
     outputs = {
         **{f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in ("x", "dt")},
         "d_A": float32(batch, *given["A"].shape[1:]),
-        "d_bc": float32(batch, blocks.count, steps * plan.chunks, 2 * rows, LANES),
-        "s": float32(batch, blocks.count, places, LANES),
+        "d_bc": float32(batch, blocks.number, steps * plan.chunks, 2 * rows, LANES),
+        "s": float32(batch, blocks.number, places, LANES),
         "d_state": float32(*given["d_last"].shape),
     }
     if "z" in given:
@@ -154,6 +169,8 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
         "bc_scratch": (plan.filled // ROWS * plan.columns, ROWS, LANES),
         "products": (ROWS * 2 * TOGETHER * PITCH, LANES),
     }
+    if plan.resets:
+        scratch["kept_scratch"] = (plan.filled // ROWS, ROWS, LANES)
     found = _call(backward_kernel, plan, blocks, steps, given, outputs, scratch, backwards=True)
     cut = functools.partial(_without_filling, plan=plan, length=length, channels=channels)
     d_A = jnp.moveaxis(found["d_A"], 1, 2).reshape(batch, plan.entries, -1)[..., :channels]
@@ -167,7 +184,7 @@ def _backward(*arrays: Array | None, names: Sequence[str], softplus: bool, chunk
         "A_NE": d_A,
         "B_BLN": d_bc[:, 0].astype(inputs.B_BLN.dtype),
         "C_BLN": (d_bc[:, 1] + s * inputs.B_BLN).astype(inputs.C_BLN.dtype),
-        "z_BLE": cut(found["d_z"]) if "z" in given else None,
+        **({"z_BLE": cut(found["d_z"])} if "z" in given else {}),
         **{f"{name}_E": found[f"d_{name}"].sum(1)[:, :channels] for name in {"D", "dt_bias"} & given.keys()},
         "state_BNE": _unpack_state(found["d_state"], plan, blocks, channels),
     }
@@ -199,7 +216,7 @@ def _operands(inputs: Inputs, plan: Plan, blocks: ChannelBlocks, steps: int) -> 
         "z": None if inputs.z_BLE is None else _filled(inputs.z_BLE, plan, blocks.channels),
         "bc": _in_parts(_filled(jnp.concatenate([v.astype(jnp.float32) for v in maps], axis=2), plan)),
         "masks": jnp.asarray(-(np.arange(LANES) % COLUMNS == np.arange(COLUMNS)[:, None]).astype(np.int32)),
-        "A": jnp.moveaxis(A.reshape(*A.shape[:2], blocks.count, blocks.groups, LANES), 2, 1),
+        "A": jnp.moveaxis(A.reshape(*A.shape[:2], blocks.number, blocks.groups, LANES), 2, 1),
         "D": None if inputs.D_E is None else fill(inputs.D_E, 1, blocks.channels)[:, None],
         "dt_bias": None if inputs.dt_bias_E is None else fill(inputs.dt_bias_E, 1, blocks.channels)[:, None],
         "state": _pack_state(inputs.state_BNE, plan, blocks),
@@ -208,7 +225,7 @@ def _operands(inputs: Inputs, plan: Plan, blocks: ChannelBlocks, steps: int) -> 
 
 
 def _in_parts(v: Array) -> Array:
-    """Every number as three of bfloat16 whose sum it is. [..., 128] holds the first, second and third parts of ``COLUMNS`` columns."""
+    """Every number as the sum of three of bfloat16: 128 lanes hold the first, second and third parts of ``COLUMNS`` columns."""
     v = fill(v, 2, -(-v.shape[2] // COLUMNS) * COLUMNS)
     parts = []
     for _ in range(3):
@@ -239,13 +256,13 @@ def _without_filling(v: Array, plan: Plan, length: int, channels: int) -> Array:
 def _pack_state(state_BNE: Array, plan: Plan, blocks: ChannelBlocks) -> Array:
     """[B, N, E] to [B, block, (n, group), 128], with ``PITCH`` rows for every entry."""
     batch, entries, _ = state_BNE.shape
-    v = fill(state_BNE, 2, blocks.channels).reshape(batch, entries, blocks.count, blocks.groups, LANES)
+    v = fill(state_BNE, 2, blocks.channels).reshape(batch, entries, blocks.number, blocks.groups, LANES)
     v = fill(fill(jnp.moveaxis(v, 2, 1), 3, PITCH), 2, plan.entry_rows)
-    return v.reshape(batch, blocks.count, -1, LANES)
+    return v.reshape(batch, blocks.number, -1, LANES)
 
 
 def _unpack_state(v: Array, plan: Plan, blocks: ChannelBlocks, channels: int) -> Array:
-    v = v.reshape(v.shape[0], blocks.count, -1, PITCH, LANES)[:, :, : plan.entries, : blocks.groups]
+    v = v.reshape(v.shape[0], blocks.number, -1, PITCH, LANES)[:, :, : plan.entries, : blocks.groups]
     return jnp.moveaxis(v, 1, 2).reshape(v.shape[0], plan.entries, -1)[..., :channels]
 
 
@@ -275,10 +292,13 @@ def _call(
             out_shape=list(outputs.values()),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                grid=(given["x"].shape[0], blocks.count, steps),
+                grid=(given["x"].shape[0], blocks.number, steps),
                 in_specs=[spec(name, array.shape) for name, array in given.items() if name != "lengths"],
                 out_specs=[spec(name, out.shape) for name, out in outputs.items()],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+                scratch_shapes=[
+                    pltpu.VMEM(shape, jnp.int32 if name == "kept_scratch" else jnp.float32)
+                    for name, shape in scratch.items()
+                ],
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=FAST_MEMORY

@@ -112,10 +112,9 @@ def _advance(plan: Plan, refs: dict[str, Any], state: Any, entries: range) -> No
 
     def token(s: Any, h: tuple[Array, ...]) -> tuple[Array, ...]:
         dt, u = (_token(plan, refs[name], s) for name in ("dt_scratch", "u_scratch"))
-        starts = _starts(plan, refs, s)
+        kept = _kept(plan, refs, s)
         h = tuple(
-            _decayed(dt, A_n, h_n, starts) + u * _map(plan, refs, n, s)
-            for n, A_n, h_n in zip(entries, A, h, strict=True)
+            _decayed(dt, A_n, h_n, kept) + u * _map(plan, refs, n, s) for n, A_n, h_n in zip(entries, A, h, strict=True)
         )
         y = _sum([h_n * _map(plan, refs, plan.entries + n, s) for n, h_n in zip(entries, h, strict=True)])
         if entries.start:
@@ -179,8 +178,8 @@ def _states_again(plan: Plan, refs: dict[str, Any], i: Any, entries: range) -> N
     def token(s: Any, h: tuple[Array, ...]) -> tuple[Array, ...]:
         t = i * ROWS + s
         dt, u = (_token(plan, refs[name], t) for name in ("dt_scratch", "u_scratch"))
-        starts = _starts(plan, refs, s, i)
-        p = [_decayed(dt, A_n, h_n, starts) for A_n, h_n in zip(A, h, strict=True)]
+        kept = _kept(plan, refs, s, i)
+        p = [_decayed(dt, A_n, h_n, kept) for A_n, h_n in zip(A, h, strict=True)]
         for n, p_n in zip(entries, p, strict=True):
             refs["p"][t * plan.entries + n] = p_n
         h = tuple(p_n + u * _map(plan, refs, n, s, i) for n, p_n in zip(entries, p, strict=True))
@@ -231,7 +230,7 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
         s = ROWS - 1 - s
         t = i * ROWS + s
         dt, u, d_y = (_token(plan, refs[name], t) for name in ("dt_scratch", "u_scratch", "dy_scratch"))
-        starts = _starts(plan, refs, s, i)
+        kept = _kept(plan, refs, s, i)
         p = [refs["p"][t * plan.entries + n] for n in entries]
         g = [q_n + d_y * _map(plan, refs, plan.entries + n, s, i) for n, q_n in zip(entries, q, strict=True)]
         gp = [g_n * p_n for g_n, p_n in zip(g, p, strict=True)]
@@ -252,7 +251,7 @@ def _token_gradients(plan: Plan, refs: dict[str, Any], k: Any, i: Any, entries: 
                 total = jnp.sum(total, axis=1, keepdims=True)
                 at = (k, pl.ds(first_row + entries.start + first, SUBLANES), slice(None))
                 refs["d_bc"][at] = jnp.where(lane == t, total, refs["d_bc"][at])
-        q = tuple(_decayed(dt, A_n, g_n, starts) for A_n, g_n in zip(A, g, strict=True))
+        q = tuple(_decayed(dt, A_n, g_n, kept) for A_n, g_n in zip(A, g, strict=True))
         return q, tuple(d_A_n + dt * gp_n for d_A_n, gp_n in zip(d_A, gp, strict=True))
 
     q = tuple(q_ref[_token_rows(plan, n), :] for n in entries)
@@ -295,7 +294,7 @@ def _discretise(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
 
 
 def _softplus(x: Array) -> Array:
-    """max(x, 0) + log(1 + e^-|x|), by a parabola where 1 + e has lost digits: as the compiler's log1p does, for positive numbers."""
+    """max(x, 0) + log(1 + e^-|x|), by a parabola where 1 + e would lose digits: what the compiler's log1p does."""
     e = jnp.exp2(jnp.abs(x) * (-1 / math.log(2)))
     return jnp.maximum(x, 0) + jnp.where(e < SMALL, (1 - 0.5 * e) * e, jnp.log(1 + e))
 
@@ -329,6 +328,9 @@ def _spread(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
         spread = jnp.dot(pltpu.bitcast(alone, jnp.bfloat16), ones, preferred_element_type=jnp.float32)
         for n in columns:
             refs["bc_scratch"][i * plan.columns + first + n] = spread[n * ROWS : (n + 1) * ROWS]
+    if plan.resets:
+        starts = refs["bc_scratch"][i * plan.columns + 2 * plan.entries]
+        refs["kept_scratch"][i] = jnp.where(starts > 0, 0, -1)
 
 
 def _map(plan: Plan, refs: dict[str, Any], n: int, s: Any, i: Any = 0) -> Array:
@@ -337,13 +339,19 @@ def _map(plan: Plan, refs: dict[str, Any], n: int, s: Any, i: Any = 0) -> Array:
     return jnp.broadcast_to(row, (plan.groups, LANES))
 
 
-def _starts(plan: Plan, refs: dict[str, Any], s: Any, i: Any = 0) -> Array | None:
-    return _map(plan, refs, 2 * plan.entries, s, i) > 0 if plan.resets else None
+def _kept(plan: Plan, refs: dict[str, Any], s: Any, i: Any = 0) -> Array | None:
+    """Bits of a number that a token of a tile takes over from the token before: all, or none at the start of a document."""
+    if not plan.resets:
+        return None
+    return jnp.broadcast_to(refs["kept_scratch"][i, pl.ds(s, 1), :], (plan.groups, LANES))
 
 
-def _decayed(dt: Array, A: Array, h: Array, starts: Array | None) -> Array:
+def _decayed(dt: Array, A: Array, h: Array, kept: Array | None) -> Array:
     h = jnp.exp2(dt * A) * h
-    return h if starts is None else jnp.where(starts, 0.0, h)
+    if kept is None:
+        return h
+    # Exactly 0 whatever h is, NaN too, without the few registers that hold conditions.
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(h, jnp.int32) & kept, jnp.float32)
 
 
 def _tile(plan: Plan, length: Any, step: Any, k: Any, i: Any) -> Tile:
