@@ -12,11 +12,12 @@ DATA := runs/data/$(NAME)
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench clean
+.PHONY: help demo test test-kernels lint format types bench clean
 
 help:
 	@echo "make demo               train a small byte-level Mamba-2 on real text, evaluate, generate, export (TEXT=path for your own)"
 	@echo "make test               the test suite, PyTorch parity included (TESTS='tests/ops -k ssd' for a part)"
+	@echo "make test-kernels       kernels in Triton's interpreter, and compiled for GPUs and TPUs that need not be there (Python >= 3.12)"
 	@echo "make lint types         ruff and mypy"
 	@echo "make bench              speed beside PyTorch on this machine"
 
@@ -49,7 +50,16 @@ demo: $(VENV)/.run
 	@echo; echo "Open $(RUN)/report.html. More text: $(BIN)/python -m train.generate $(RUN) --prompt 'class '"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not triton and not compile" $(TESTS)
+
+$(VENV)/.aot: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,aot]'
+	@touch $@
+
+# An environment of its own: make test-kernels VENV=.venv-kernels PYTHON=python3.12
+test-kernels: $(VENV)/.aot
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "triton and not slow" tests/triton
+	$(BIN)/python -m pytest -n 2 -m "compile and not slow" tests/compile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

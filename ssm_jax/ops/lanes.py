@@ -21,9 +21,9 @@ def folding(function: Callable[..., tuple[Array, ...]], in_axes: Sequence[int], 
         return function(*arrays)
 
     @folded.def_vmap
-    def rule(axis_size: int, in_batched: Sequence[bool], *arrays: Array | None) -> tuple[Any, Any]:
+    def rule(axis_size: int, in_batched: Sequence[bool | None], *arrays: Array | None) -> tuple[Any, Any]:
         lanes = max(
-            array.shape[axis + mapped]
+            array.shape[axis + bool(mapped)]
             for array, axis, mapped in zip(arrays, in_axes, in_batched, strict=True)
             if array is not None
         )
@@ -34,7 +34,7 @@ def folding(function: Callable[..., tuple[Array, ...]], in_axes: Sequence[int], 
     return folded
 
 
-def _fold(array: Array | None, axis: int, mapped: bool, *, axis_size: int, lanes: int) -> Array | None:
+def _fold(array: Array | None, axis: int, mapped: bool | None, *, axis_size: int, lanes: int) -> Array | None:
     """[mapped, ..., lanes, ...] to [..., mapped * lanes, ...]."""
     if array is None or (not mapped and array.shape[axis] == 1 and lanes > 1):
         return array

@@ -7,7 +7,7 @@ kernel is mapped over the mesh by hand. The mesh is the one of ``jax.set_mesh``;
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax import Array
@@ -39,12 +39,13 @@ def over_mesh(
         free = {
             name: size
             for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-            if kind != AxisType.Manual and size > 1
+            if kind != AxisType.Manual
         }
-        if not free:
+        if math.prod(free.values()) == 1:
             return function(*arrays)
         axes: dict[Dimension, tuple[str, ...]] = {None: ()}
-        for dimension, names in (("lanes", LANES), ("channels", CHANNELS)):
+        placed: tuple[tuple[Dimension, tuple[str, ...]], ...] = (("lanes", LANES), ("channels", CHANNELS))
+        for dimension, names in placed:
             used = tuple(name for name in names if name in free)
             sizes = {
                 array.shape[i]
@@ -58,7 +59,9 @@ def over_mesh(
 
         def spec(dimensions: Sequence[Dimension], shape: tuple[int, ...] | None = None) -> PartitionSpec:
             shared = [shape is not None and shape[i] == 1 for i in range(len(dimensions))]
-            return PartitionSpec(*(None if alone else axes[d] or None for d, alone in zip(dimensions, shared, strict=True)))
+            return PartitionSpec(
+                *(None if alone else axes[d] or None for d, alone in zip(dimensions, shared, strict=True))
+            )
 
         def part(*parts: Array | None) -> tuple[Array, ...]:
             results = function(*parts)
@@ -68,20 +71,14 @@ def over_mesh(
                 for result, over in zip(results, sums, strict=True)
             )
 
-        present = [i for i, array in enumerate(arrays) if array is not None]
-
-        def given(*some: Array) -> tuple[Array, ...]:
-            every: list[Any] = [None] * len(arrays)
-            for i, array in zip(present, some, strict=True):
-                every[i] = array
-            return part(*every)
-
-        return jax.shard_map(
-            given,
-            in_specs=tuple(spec(in_dimensions[i], arrays[i].shape) for i in present),  # type: ignore[union-attr]
-            out_specs=tuple(spec(dimensions) for dimensions in out_dimensions),
+        in_specs = [None if v is None else spec(d, v.shape) for v, d in zip(arrays, in_dimensions, strict=True)]
+        mapped: Callable[..., tuple[Array, ...]] = jax.shard_map(
+            part,
+            in_specs=tuple(in_specs),
+            out_specs=tuple(map(spec, out_dimensions)),
             axis_names=set(free),
             check_vma=False,
-        )(*(arrays[i] for i in present))
+        )
+        return mapped(*arrays)
 
     return run

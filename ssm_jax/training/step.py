@@ -124,7 +124,9 @@ def compile_step(
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return jitted.lower(abstract_state, abstract_frozen, abstract_batch).compile()
+    with jax.set_mesh(mesh):  # Kernels divide their work over it.
+        lowered = jitted.lower(abstract_state, abstract_frozen, abstract_batch)
+    return lowered.compile()
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh, joined: bool = False) -> dict[str, jax.ShapeDtypeStruct]:

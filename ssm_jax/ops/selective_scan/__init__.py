@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssm_jax.ops import dispatch
+from ssm_jax.ops import dispatch, triton_call
 from ssm_jax.ops.selective_scan import xla
 from ssm_jax.ops.selective_scan.inputs import Inputs
 from ssm_jax.ops.selective_scan.reference import reference
@@ -24,6 +24,11 @@ dispatch.register("selective_scan", "xla", xla.forward)
 dispatch.register("selective_scan_backward", "xla", xla.backward)
 dispatch.register_lazy("selective_scan", "pallas", "ssm_jax.ops.selective_scan.pallas:forward")
 dispatch.register_lazy("selective_scan_backward", "pallas", "ssm_jax.ops.selective_scan.pallas:backward")
+for _op, _function in (("selective_scan", "forward"), ("selective_scan_backward", "backward")):
+    if _reason := triton_call.missing():
+        dispatch.register_unavailable(_op, "triton", _reason)
+    else:
+        dispatch.register_lazy(_op, "triton", f"ssm_jax.ops.selective_scan.triton:{_function}")
 
 
 def selective_scan(

@@ -1,0 +1,160 @@
+"""What the GPU kernels cost, read from their machine code: no GPU is needed, Triton brings the compiler and its own assembler.
+
+    python -m benchmarks.static_cuda
+
+Per kernel and shape: registers, bytes spilled, and the instructions of its inner loops per 32 elements of work (for a scan one
+element is one state entry of one channel and token), the "issue slots" that bound a kernel which computes more than it loads.
+Compare with mamba_ssm's CUDA scan, counted in the same way: 22 forward, 70 and atomics backward.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssm_jax.ops import triton_call
+from ssm_jax.ops.triton_call import Launch
+
+RESULTS = Path(__file__).parent / "results" / "static.json"
+
+
+class Cost(NamedTuple):
+    """Of a compiled kernel. ``loops``: instructions of each innermost loop that computes an exponential or a matrix product, in the
+    order of the code."""
+
+    registers: int
+    spilled_bytes: int
+    loops: tuple[int, ...]
+    instructions: dict[str, int]
+
+
+def compile_launch(launch: Launch, capability: int = 90) -> Cost:
+    """Compiles one launch for ``capability`` and counts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    pointers = (*launch.arguments, *launch.outputs)
+    signature = dict.fromkeys(launch.constants, "constexpr")
+    signature |= {name: "*" + _TYPES[array.dtype.name] for name, array in zip(names, pointers, strict=False)}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    source = ASTSource(launch.kernel, {name: signature[name] for name in names}, dict(launch.constants), attributes)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        # jax-triton takes Triton's own cache away.
+        triton.knobs.cache.dir = folder
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": launch.num_warps, "num_stages": 1},
+        )
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    instructions, loops = _parse(code)
+    inner = [
+        (start, end)
+        for start, end in loops
+        if any(name in ("MUFU", "HGMMA", "HMMA") for name in instructions[start : end + 1])
+        and not any(start <= other[0] and other[1] <= end and other != (start, end) for other in loops)
+    ]
+    counted = collections.Counter(name for start, end in inner for name in instructions[start : end + 1])
+    return Cost(registers, stack, tuple(end - start + 1 for start, end in inner), dict(counted.most_common()))
+
+
+def _parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names of the instructions of a kernel, and (first, last) of every loop."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    jumps: list[tuple[str, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\w+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(.*?);", line):
+            if found[1] == "BRA" and (target := re.search(r"\.L_x_\w+", found[2])):
+                jumps.append((target[0], len(instructions)))
+            instructions.append(found[1])
+    return instructions, [(labels[name], at) for name, at in jumps if labels.get(name, at + 1) <= at]
+
+
+_TYPES = {"float32": "fp32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
+
+
+def selective_scan_launches(**options: Any) -> dict[str, Launch]:
+    """The kernels of a scan as large as a layer of Mamba 1.4B, by name."""
+    from ssm_jax.ops.selective_scan import selective_scan
+
+    batch, length, channels, entries = options.pop("shape", (8, 2048, 4096, 16))
+    dtype = options.pop("dtype", jnp.bfloat16)
+
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    row, maps = array(batch, length, channels), array(batch, length, entries)
+    vector = array(channels, dtype=jnp.float32)
+    inputs = {
+        "x_BLE": row, "dt_BLE": row, "A_EN": array(channels, entries, dtype=jnp.float32), "B_BLN": maps, "C_BLN": maps,
+        "D_E": vector, "z_BLE": row, "dt_bias_E": vector,
+    }  # fmt: skip
+    if options.pop("reset", False):
+        inputs["reset"] = array(batch, length, dtype=jnp.bool_)
+
+    def both(inputs: dict[str, jax.Array]) -> Any:
+        y, pull = jax.vjp(lambda i: selective_scan(**i, implementation="triton", **options)[0], inputs)
+        return pull(y)
+
+    return _by_name(both, inputs)
+
+
+def _by_name(function: Callable[..., Any], *arguments: Any) -> dict[str, Launch]:
+    with triton_call.recorded() as launches:
+        jax.eval_shape(function, *arguments)
+    return {launch.kernel.fn.__name__: launch for launch in launches}
+
+
+def scan_slots(launch: Launch, cost: Cost) -> list[float]:
+    """Issue slots per 32 state entries, loop by loop."""
+    how = launch.constants
+    entries = how["UNROLL"] * how["N"] * how["BE"] / (32 * launch.num_warps)
+    return [round(size / entries, 2) for size in cost.loops]
+
+
+def table() -> dict[str, Any]:
+    """Every kernel of every op."""
+    rows = {}
+    for label, options in (("", {}), (" with resets", {"reset": True}), (" float32", {"dtype": jnp.float32})):
+        for name, launch in selective_scan_launches(**options).items():
+            cost = compile_launch(launch)
+            rows[f"selective_scan {name}{label}"] = {
+                "slots_per_32": round(sum(scan_slots(launch, cost)), 2),
+                "registers": cost.registers,
+                "spilled_bytes": cost.spilled_bytes,
+            }
+    return rows
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = table()
+    for name, row in rows.items():
+        print(f"{name:45}", *(f"{key} {value}" for key, value in row.items()))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results["cuda"] = rows
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
