@@ -200,7 +200,7 @@ def _through_gate(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
     """d_z, d_D, and the gradient of the recurrence's y; also s, the sum over channels of dy u, but for its 128 lanes."""
     s = jnp.zeros((ROWS, LANES), jnp.float32)
     for col in range(plan.groups):
-        d_y = _where_present(here, _load(refs["d_y"], here, col))
+        d_y = _load(refs["d_y"], here, col)
         if "z" in refs:
             z = _load(refs["z"], here, col)
             gate = _sigmoid(plan, z)
@@ -284,13 +284,14 @@ def _through_step_size(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> 
 
 
 def _discretise(plan: Plan, refs: dict[str, Any], here: Tile, i: Any) -> None:
-    """Step sizes and dt x of a tile, token by token into scratch. Both are 0 at absent tokens, whatever stands there."""
+    """Step sizes and dt x of a tile, token by token into scratch. Both are 0 at absent tokens."""
     for col in range(plan.groups):
         dt = _raw_step_size(plan, refs, here, col)
         if plan.softplus:
             dt = _softplus(dt)
-        _store_tokens(plan, refs["dt_scratch"], i, col, _where_present(here, dt))
-        _store_tokens(plan, refs["u_scratch"], i, col, _where_present(here, dt * _load(refs["x"], here, col)))
+        dt = _where_present(here, dt)
+        _store_tokens(plan, refs["dt_scratch"], i, col, dt)
+        _store_tokens(plan, refs["u_scratch"], i, col, dt * _load(refs["x"], here, col))
 
 
 def _softplus(x: Array) -> Array:
@@ -367,7 +368,8 @@ def _where_present(here: Tile, v: Array) -> Array:
 
 
 def _load(ref: Any, here: Tile, col: int) -> Array:
-    return ref[here.at, _lanes(col)].astype(jnp.float32)
+    """One group of a tile, 0 where tokens are absent, whatever stands there."""
+    return _where_present(here, ref[here.at, _lanes(col)].astype(jnp.float32))
 
 
 def _accumulate(plan: Plan, ref: Any, col: int, v: Array) -> None:
