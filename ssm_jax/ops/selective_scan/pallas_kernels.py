@@ -20,6 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ssm_jax.ops.tpu import LANES, SUBLANES
 
+# JAX 0.12 has moved it.
+reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
 TOGETHER = 16
 """State entries that are held in registers at once."""
 PITCH = SUBLANES + 1
@@ -303,7 +305,7 @@ def _softplus(x: Array) -> Array:
 def _sigmoid(plan: Plan, x: Array) -> Array:
     """1 / (1 + e^-x) with one Newton step after the processor's estimate: a denominator between 1 and 2^115 needs no other care."""
     denominator = 1 + jnp.exp2(jnp.minimum(x * (-1 / math.log(2)), 115.0))
-    estimate = pl.reciprocal(denominator, approx=plan.compiled)
+    estimate = reciprocal(denominator, approx=plan.compiled)
     return estimate + estimate * (1 - denominator * estimate)
 
 
