@@ -106,10 +106,14 @@ class OnTPU(TestSelectiveScan):
 
 
 @pytest.mark.parametrize(
-    ("length", "masks", "chunk_size"), [(1, "none", None), (2, "ragged", 2), (37, "ragged", 7), (100, "documents", 32)]
+    ("length", "masks", "chunk_size"),
+    [(1, "none", None), (2, "ragged", 2), (37, "ragged", 7), (100, "documents", 32), (300, "ragged", 32)],
 )
 def test_tpu_kernels_match_oracle(length: int, masks: str, chunk_size: int | None) -> None:
-    """With chunks that fill tiles and chunks that do not, one of them or many; absent tokens have gradients of exactly zero."""
+    """With chunks that fill tiles and chunks that do not, one or many of them, and more than one step of a program.
+
+    Absent tokens have gradients of exactly zero.
+    """
     case = OnTPU().case(length, masks)
     run = OnTPU().run_kernel(case, chunk_size=chunk_size)
     assert_run_close(run, OnTPU().oracle(length, masks), OnTPU.tolerance)
