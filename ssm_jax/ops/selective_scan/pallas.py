@@ -92,7 +92,9 @@ def backward(
     folded = folding(run, (*[0] * len(inputs), 1, 0, 0), [0] * len(names))
     found = folded(*_per_lane(inputs), states_KBNE, d_y_BLE, d_state_BNE)
     gradients = dict(zip(names, found, strict=True))
-    summed: dict[str, Any] = {name: gradients[name].sum(0) for name in ("A_NE", "D_E", "dt_bias_E") if name in gradients}
+    summed: dict[str, Any] = {
+        name: gradients[name].sum(0) for name in ("A_NE", "D_E", "dt_bias_E") if name in gradients
+    }
     absent: dict[str, Any] = dict.fromkeys(Inputs._fields)
     return Inputs(**{**absent, **gradients, **summed})
 
