@@ -71,7 +71,7 @@ def call(
         recorder.append(Launch(kernel, shapes, tuple(outputs), grid, num_warps, constants))
     if not outputs or any(size == 0 for size in grid):
         raise ValueError(f"a launch over {grid} with {len(outputs)} outputs does nothing")
-    if _interpreted(kernel):
+    if interpreted(kernel):
         run = functools.partial(_interpret, kernel, tuple(outputs), grid, constants)
         return tuple(jax.pure_callback(run, tuple(outputs), *arguments))
     return _compiled(kernel, arguments, outputs, grid, num_warps, constants)
@@ -108,7 +108,8 @@ def _compiled(
     return tuple(results)
 
 
-def _interpreted(kernel: Any) -> bool:
+def interpreted(kernel: Any) -> bool:
+    """Whether Triton was imported with its interpreter on."""
     from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(kernel, InterpretedFunction)

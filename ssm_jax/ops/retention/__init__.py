@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ssm_jax.ops import dispatch
+from ssm_jax.ops import dispatch, triton_call
 from ssm_jax.ops.linear_attention import default_chunk_size
 from ssm_jax.ops.resets import clear
 from ssm_jax.ops.retention import xla
@@ -24,6 +24,11 @@ from ssm_jax.typing import Lengths, Reset
 dispatch.register("retention", "reference", reference)
 dispatch.register("retention", "xla", xla.forward)
 dispatch.register("retention_backward", "xla", xla.backward)
+for _name, _function in (("retention", xla.forward), ("retention_backward", xla.backward)):
+    if _reason := triton_call.missing():
+        dispatch.register_unavailable(_name, "triton", _reason)
+    else:
+        dispatch.register(_name, "triton", functools.partial(_function, core="triton"))
 
 
 def retention(

@@ -8,46 +8,49 @@ from ssm_jax.ops.linear_attention import linear_attention
 from ssm_jax.ops.retention.inputs import Inputs, Memory, places, scale, tokens_after
 
 
-def forward(inputs: Inputs, *, chunk_size: int, score_scale: bool) -> tuple[Array, Memory]:
-    """y_BLHP and the last memory."""
+def forward(inputs: Inputs, *, chunk_size: int, score_scale: bool, core: str = "xla") -> tuple[Array, Memory]:
+    """y_BLHP and the last memory; ``core`` is the implementation of the chunks."""
     v, state = inputs.v_BLHP, inputs.memory.kv_BHNP
     places_BL = places(inputs)
-    y, kv = _one_token(inputs) if v.shape[1] == 1 else _chunks(inputs, chunk_size)
+    y, kv = _one_token(inputs) if v.shape[1] == 1 else _chunks(inputs, chunk_size, core)
     if score_scale:
         y = y * scale(places_BL, inputs.log_decay_H)[..., None].astype(state.dtype)
     return y.astype(v.dtype), Memory(kv, tokens_after(inputs, places_BL))
 
 
 def backward(
-    inputs: Inputs, dy_BLHP: Array, dkv_BHNP: Array, *, chunk_size: int, score_scale: bool
+    inputs: Inputs, dy_BLHP: Array, dkv_BHNP: Array, *, chunk_size: int, score_scale: bool, core: str = "xla"
 ) -> tuple[Array, Array, Array, Array]:
     """The gradients of q, k, v and the state."""
 
     def run(q: Array, k: Array, v: Array, kv: Array) -> tuple[Array, Array]:
         memory = inputs.memory._replace(kv_BHNP=kv)
         arrays = inputs._replace(q_BLHN=q, k_BLHN=k, v_BLHP=v, memory=memory)
-        y, last = forward(arrays, chunk_size=chunk_size, score_scale=score_scale)
+        y, last = forward(arrays, chunk_size=chunk_size, score_scale=score_scale, core=core)
         return y, last.kv_BHNP
 
     _, pullback = jax.vjp(run, inputs.q_BLHN, inputs.k_BLHN, inputs.v_BLHP, inputs.memory.kv_BHNP)
     return pullback((dy_BLHP, dkv_BHNP))
 
 
-def _chunks(inputs: Inputs, chunk_size: int) -> tuple[Array, Array]:
+def _chunks(inputs: Inputs, chunk_size: int, core: str) -> tuple[Array, Array]:
     dtype = inputs.memory.kv_BHNP.dtype
     batch, length, heads, _ = inputs.v_BLHP.shape
-    gain, log_decay = jnp.ones((batch, length, heads), dtype), inputs.log_decay_H
+    gain, log_decay = None, inputs.log_decay_H
     if inputs.lengths_B is not None:
-        gain = jnp.where((jnp.arange(length) < inputs.lengths_B[:, None])[..., None], gain, 0)
+        present_BL = jnp.arange(length) < inputs.lengths_B[:, None]
+        gain = jnp.broadcast_to(present_BL[..., None], (batch, length, heads)).astype(dtype)
+        log_decay = gain * log_decay
     return linear_attention(
         inputs.q_BLHN,
         inputs.k_BLHN,
         inputs.v_BLHP,
         gain,
-        gain * log_decay,
+        log_decay,
         inputs.memory.kv_BHNP,
         inputs.reset_BL,
         chunk_size,
+        core,
     )
 
 

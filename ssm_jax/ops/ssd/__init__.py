@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssm_jax.ops import dispatch
+from ssm_jax.ops import dispatch, triton_call
 from ssm_jax.ops.linear_attention import default_chunk_size
 from ssm_jax.ops.resets import clear
 from ssm_jax.ops.ssd import xla
@@ -22,6 +22,11 @@ from ssm_jax.typing import Lengths, Reset
 dispatch.register("ssd", "reference", reference)
 dispatch.register("ssd", "xla", xla.forward)
 dispatch.register("ssd_backward", "xla", xla.backward)
+for _name, _function in (("ssd", xla.forward), ("ssd_backward", xla.backward)):
+    if _reason := triton_call.missing():
+        dispatch.register_unavailable(_name, "triton", _reason)
+    else:
+        dispatch.register(_name, "triton", functools.partial(_function, core="triton"))
 
 _Static = tuple[bool, tuple[float, float], int]
 

@@ -9,16 +9,18 @@ from ssm_jax.ops.ssd.inputs import Inputs, step_size
 
 
 def forward(
-    inputs: Inputs, *, dt_softplus: bool, dt_limit: tuple[float, float], chunk_size: int
+    inputs: Inputs, *, dt_softplus: bool, dt_limit: tuple[float, float], chunk_size: int, core: str = "xla"
 ) -> tuple[Array, Array]:
-    """y_BLHP and the last state_BHNP."""
+    """y_BLHP and the last state_BHNP; ``core`` is the implementation of the chunks."""
     x, state = inputs.x_BLHP, inputs.state_BHNP
     dt = step_size(inputs, softplus=dt_softplus, limit=dt_limit)
     log_decay = dt * inputs.A_H
     if x.shape[1] == 1:
         y, state = _one_token(inputs, dt, log_decay)
     else:
-        y, state = linear_attention(inputs.C_BLGN, inputs.B_BLGN, x, dt, log_decay, state, inputs.reset_BL, chunk_size)
+        y, state = linear_attention(
+            inputs.C_BLGN, inputs.B_BLGN, x, dt, log_decay, state, inputs.reset_BL, chunk_size, core
+        )
     if inputs.D_H is not None:
         y = y + inputs.D_H[:, None] * x
     return y.astype(x.dtype), state
@@ -32,12 +34,13 @@ def backward(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     chunk_size: int,
+    core: str = "xla",
 ) -> Inputs:
     """The gradients of the inputs; None for the masks. What remains of the forward pass in it is not used, and not run."""
 
     def run(arrays: Inputs) -> tuple[Array, Array]:
         whole = arrays._replace(reset_BL=inputs.reset_BL, lengths_B=inputs.lengths_B)
-        return forward(whole, dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_size=chunk_size)
+        return forward(whole, dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_size=chunk_size, core=core)
 
     _, pullback = jax.vjp(run, inputs._replace(reset_BL=None, lengths_B=None))
     return pullback((dy_BLHP, dstate_BHNP))[0]

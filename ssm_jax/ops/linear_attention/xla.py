@@ -1,9 +1,4 @@
-"""Linear attention whose memory decays by one scalar per head and token, in chunks: the core that SSD and retention share.
-
-    S_t = exp(log_decay_t) S_{t-1} + gain_t k_t v_t^T        S: N x P per head, S_0 = ``state``
-    y_t = q_t^T S_t
-
-SSD is q = C, k = B, v = x, gain = dt, log_decay = dt A. Queries and keys belong to groups of heads.
+"""Linear attention in plain JAX, in chunks.
 
 Inside a chunk y is masked attention, and the chunk adds one N x P update to the state; a pass over the chunks turns the updates
 into the states that enter them (Dao & Gu 2024, arXiv:2405.21060, section 6). Work and memory are linear in the length: with
@@ -25,19 +20,15 @@ Axes in this file: B lane, M chunk, T and S token of a chunk, G group, R head of
 """
 
 import functools
-import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float
+from jax import Array, lax
 
-from ssm_jax.typing import Reset
-
-Gradients = tuple[Array, Array, Array, Array, Array, Array, None]
+Gradients = tuple[Array, Array, Array, Array, Array, Array]
 
 
 class _Chunks(NamedTuple):
@@ -53,27 +44,19 @@ class _Chunks(NamedTuple):
     later_BMTS: Array
 
 
-def default_chunk_size(keys: int, values: int) -> int:
-    """A power of two near sqrt(N P): there the T scores and the N P / T state entries of a token and head are in balance."""
-    return min(256, 2 ** math.ceil(math.log2(keys * values) / 2))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def linear_attention(
-    q_BLGN: Float[Array, "B L G N"],
-    k_BLGN: Float[Array, "B L G N"],
-    v_BLHP: Float[Array, "B L H P"],
-    gain_BLH: Float[Array, "B L H"],
-    log_decay_BLH: Float[Array, "B L H"],
-    state_BHNP: Float[Array, "B H N P"],
-    reset_BL: Reset | None,
+def forward(
+    q_BLGN: Array,
+    k_BLGN: Array,
+    v_BLHP: Array,
+    gain_BLH: Array | None,
+    log_decay: Array,
+    state_BHNP: Array,
+    reset_BL: Array | None,
+    *,
     chunk_size: int,
-) -> tuple[Float[Array, "B L H P"], Float[Array, "B H N P"]]:
-    """y_BLHP and the last state_BHNP, both of the state's dtype, in which everything is computed.
-
-    Log decays are at most 0. Head h uses group h // (H / G). At ``reset`` the decay is 0, exactly. The result does not depend on
-    ``chunk_size``, the largest number of tokens in a chunk.
-    """
+) -> tuple[Array, Array]:
+    """y_BLHP and the last state_BHNP, both of the state's dtype."""
+    gain_BLH, log_decay_BLH = _per_token(gain_BLH, log_decay, v_BLHP)
     chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
     q_MBGTN, k_MBGTN = _chunk_first(chunks.q_BMGTN), _chunk_first(chunks.k_BMGTN)
     decay_MBGR = _chunk_first(chunks.entry_BMGTR[..., -1, :])
@@ -89,16 +72,21 @@ def linear_attention(
     return _join(y_BMGTRP, v_BLHP), _unpack_state(last_BGNX, state_BHNP)
 
 
-def _forward(
-    q: Array, k: Array, v: Array, gain: Array, log_decay: Array, state: Array, reset: Array | None, chunk_size: int
-) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    inputs = (q, k, v, gain, log_decay, state, reset)
-    return linear_attention(*inputs, chunk_size), inputs
-
-
-def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> Gradients:
-    q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, state_BHNP, reset_BL = inputs
-    dy_BLHP, dlast_BHNP = cotangents
+def backward(
+    q_BLGN: Array,
+    k_BLGN: Array,
+    v_BLHP: Array,
+    gain_BLH: Array | None,
+    log_decay: Array,
+    state_BHNP: Array,
+    reset_BL: Array | None,
+    dy_BLHP: Array,
+    dlast_BHNP: Array,
+    *,
+    chunk_size: int,
+) -> Gradients:
+    """Gradients of q, k, v, the gains, the log decays and the state, per token of gains and decays that there is one of."""
+    gain_BLH, log_decay_BLH = _per_token(gain_BLH, log_decay, v_BLHP)
     chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
     q, k, v, gain, pair, entry, exit_, later = chunks
     dy_BMGTRP = _group(_split(dy_BLHP, *v.shape[1:4:2]), v.shape[2])
@@ -148,11 +136,13 @@ def _backward(chunk_size: int, inputs: Any, cotangents: tuple[Array, Array]) -> 
         _join(dgain_BMGTR, gain_BLH).astype(gain_BLH.dtype),
         _join(across_BMGTR + into_exit_BMGTR, log_decay_BLH).astype(log_decay_BLH.dtype),
         _unpack_state(dstate_BGNX, state_BHNP),
-        None,
     )
 
 
-linear_attention.defvjp(_forward, _backward)
+def _per_token(gain_BLH: Array | None, log_decay: Array, v_BLHP: Array) -> tuple[Array, Array]:
+    shape = v_BLHP.shape[:3]
+    gain_BLH = jnp.ones(shape, log_decay.dtype) if gain_BLH is None else gain_BLH
+    return gain_BLH, jnp.broadcast_to(log_decay, shape)
 
 
 def _cut(
