@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ssm_jax.ops.selective_scan import selective_scan
 from tests.conformance.compare import assert_trees_close
 from tests.conformance.jaxpr import array_sizes
-from tests.conformance.op import Arrays, ChunkedOpConformance, RaggedOpConformance, assert_run_close
+from tests.conformance.op import Arrays, Case, ChunkedOpConformance, RaggedOpConformance, assert_run_close
 
 OPTIONAL = ("D_E", "z_BLE", "dt_bias_E")
 
@@ -96,6 +96,136 @@ class TestSelectiveScan(RaggedOpConformance, ChunkedOpConformance):
 
         got, expected = both(run), both(lambda low, up: run(low @ up, None))
         assert_trees_close(got, expected, 1e-5, relative=True)
+
+
+class OnTPU(TestSelectiveScan):
+    """The kernels of TPUs, interpreted. Interpreting takes time: one case stands for several of the promises."""
+
+    def run_kernel(self, case: Case, **static: Any) -> Arrays:
+        return self.run(self.call(implementation="pallas", **static), case)
+
+
+@pytest.mark.parametrize(
+    ("length", "masks", "chunk_size"),
+    [(1, "none", None), (2, "ragged", 2), (37, "ragged", 7), (100, "documents", 32), (300, "ragged", 32)],
+)
+def test_tpu_kernels_match_oracle(length: int, masks: str, chunk_size: int | None) -> None:
+    """With chunks that fill tiles and chunks that do not, one or many of them, and more than one step of a program.
+
+    Absent tokens have gradients of exactly zero.
+    """
+    case = OnTPU().case(length, masks)
+    run = OnTPU().run_kernel(case, chunk_size=chunk_size)
+    assert_run_close(run, OnTPU().oracle(length, masks), OnTPU.tolerance)
+    if masks == "ragged":
+        present = (np.arange(length) < case.masks["lengths"][:, None])[..., None]
+        assert not any((run[f"d_{name}"] * ~present).any() for name in OnTPU.sequences)
+
+
+def test_tpu_kernels_are_deaf_to_absent_tokens() -> None:
+    """Whatever stands there, and whatever comes back from there: not even NaN times zero."""
+    case = OnTPU().case(37, "ragged")
+    absent = (np.arange(37) >= case.masks["lengths"][:, None])[..., None]
+    noise = {name: np.where(absent, np.nan, case.inputs[name]) for name in ("x_BLE", "dt_BLE", "z_BLE")}
+    loud = case._replace(
+        inputs={**case.inputs, **noise}, cotangents=(np.where(absent, 1e3, case.cotangents[0]), case.cotangents[1])
+    )
+
+    def evaluate(case: Case) -> Any:
+        (_, state), pull_back = jax.vjp(
+            lambda inputs, state: OnTPU().call(implementation="pallas")(inputs, state, case.masks),
+            case.inputs,
+            case.state,
+        )
+        return state, pull_back(case.cotangents)
+
+    compiled = jax.jit(evaluate)
+    quiet_state, (quiet, quiet_d_state) = compiled(case)
+    loud_state, (found, loud_d_state) = compiled(loud)
+    np.testing.assert_array_equal(loud_state, quiet_state)
+    np.testing.assert_array_equal(loud_d_state, quiet_d_state)
+    for name in quiet:
+        np.testing.assert_array_equal(found[name], quiet[name], name)
+
+
+def test_tpu_kernels_read_and_write_bfloat16() -> None:
+    case = OnTPU().case(37, "documents", jnp.bfloat16)
+    run, expected = OnTPU().run_kernel(case), dict(OnTPU().oracle(37, "documents", jnp.bfloat16))
+    assert run["d_x_BLE"].dtype == run["d_B_BLN"].dtype == run["y"].dtype == jnp.bfloat16
+    assert_run_close({"state": run.pop("state")}, {"state": expected.pop("state")}, OnTPU.bfloat16_state_tolerance)
+    assert_run_close(run, expected, OnTPU.bfloat16_tolerance)
+
+
+def test_tpu_kernels_of_a_sequence_in_pieces() -> None:
+    """The state goes from one call to the next, through pieces of one token too."""
+    pieces = OnTPU().call_in_pieces((1, 20, 16), implementation="pallas")
+    run = OnTPU().run(pieces, OnTPU().case(37, "ragged"))
+    assert_run_close(run, OnTPU().oracle(37, "ragged"), OnTPU.tolerance)
+
+
+def test_tpu_kernels_under_vmap() -> None:
+    """Some arguments mapped, the parameters and the masks not."""
+    case = jax.tree.map(jnp.asarray, OnTPU().case(20, "ragged"))
+    x = jnp.stack([case.inputs["x_BLE"], 2 * case.inputs["x_BLE"]])
+
+    def evaluate(x: jax.Array) -> Any:
+        def scan(inputs: Arrays) -> Any:
+            return OnTPU().call(implementation="pallas")(inputs, case.state, case.masks)
+
+        result, pull_back = jax.vjp(scan, {**case.inputs, "x_BLE": x})
+        return result, pull_back(case.cotangents)
+
+    together, alone = jax.jit(jax.vmap(evaluate))(x), jax.jit(evaluate)
+    for i in range(2):
+        assert_trees_close(jax.tree.map(lambda v, i=i: v[i], together), alone(x[i]), 1e-5, relative=True)
+
+
+def test_tpu_kernels_end_a_broken_state_at_a_reset() -> None:
+    TestSelectiveScan.test_a_broken_state_ends_at_a_reset(OnTPU(), "pallas")
+
+
+class WideOnTPU(OnTPU):
+    """More channels than one program has registers for, no multiple of 128, and more state entries than stay in them at once."""
+
+    channels, entries = 1030, 21
+
+
+def test_tpu_kernels_of_many_channels_and_entries() -> None:
+    run = WideOnTPU().run_kernel(WideOnTPU().case(5, "documents"))
+    assert_run_close(run, WideOnTPU().oracle(5, "documents"), WideOnTPU.tolerance)
+
+
+def test_tpu_kernels_without_optional_inputs() -> None:
+    case = OnTPU().case(20)
+    inputs = {name: x for name, x in case.inputs.items() if name not in OPTIONAL}
+    case = case._replace(inputs={**inputs, "dt_BLE": np.abs(inputs["dt_BLE"])})
+    expected, actual = (
+        OnTPU().run(OnTPU().call(implementation=name, dt_softplus=False), case) for name in ("reference", "pallas")
+    )
+    assert_run_close(actual, expected, OnTPU.tolerance)
+
+
+@pytest.mark.parametrize(("entries", "masks", "kernels"), [(16, "none", 2), (16, "ragged", 2), (200, "none", 0)])
+def test_lowers_for_a_tpu(entries: int, masks: str, kernels: int) -> None:
+    """Forward and backward are a kernel each, for the program of a TPU only; 200 entries are more than stay in fast memory."""
+    test = WideOnTPU()
+    test.entries = entries
+    traced = jax.jit(
+        lambda case: jax.vjp(lambda i, s: test.call()(i, s, case.masks), case.inputs, case.state)[1](case.cotangents)
+    )
+    case = test.case(70, masks)
+    for platform, expected in (("tpu", kernels), ("cpu", 0)):
+        program = traced.trace(case).lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("@tpu_custom_call") == expected
+
+
+def test_what_no_tpu_kernel_is_written_for_runs_anyway() -> None:
+    """A chunk of more tokens than its kernel's registers have lanes."""
+    case = OnTPU().case(150)
+    lowered = jax.jit(OnTPU().call(implementation="pallas", chunk_size=150)).lower(*case[:3])
+    assert "tpu_custom_call" not in lowered.as_text()
+    y, state = lowered.compile()(*case[:3])
+    assert_run_close({"y": y, "state": state}, {name: OnTPU().oracle(150)[name] for name in ("y", "state")}, 1e-5)
 
 
 def _shapes(length: int, variant: str) -> tuple[Arrays, dict[str, Any]]:

@@ -22,6 +22,8 @@ DEFAULT_CHUNK_SIZE = 32
 dispatch.register("selective_scan", "reference", reference)
 dispatch.register("selective_scan", "xla", xla.forward)
 dispatch.register("selective_scan_backward", "xla", xla.backward)
+dispatch.register_lazy("selective_scan", "pallas", "ssm_jax.ops.selective_scan.pallas:forward")
+dispatch.register_lazy("selective_scan_backward", "pallas", "ssm_jax.ops.selective_scan.pallas:backward")
 for _op, _function in (("selective_scan", "forward"), ("selective_scan_backward", "backward")):
     if _reason := triton_call.missing():
         dispatch.register_unavailable(_op, "triton", _reason)
