@@ -4,16 +4,20 @@ Every op has ``reference`` (a sequential oracle) and ``xla`` (works everywhere).
 (TPU) and ``triton`` (GPU) under the same op name; deleting such a file changes nothing for the callers.
 
 ``implementation=None`` decides per platform *at lowering time* (``jax.lax.platform_dependent``), so that compiling on a
-CPU host for an accelerator picks the accelerator's kernel. A name forces one, or raises with the reason.
+CPU host for an accelerator picks the accelerator's kernel, and no kernel is traced for a platform that it does not run on. A
+name forces one, or raises with the reason.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 
 from ssm_jax.errors import ImplementationError
+from ssm_jax.ops import deferred
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("pallas", "xla"),
@@ -77,11 +81,20 @@ def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> An
     if set(chosen.values()) == {"xla"}:
         return _implementations[op]["xla"](*arrays, **static)
 
-    def branch(name: str) -> Callable[..., Any]:
-        return lambda *args: _implementations[op][name](*args, **static)
+    def portable(*args: Any) -> Any:
+        return _implementations[op]["xla"](*args, **static)
 
-    per_platform = {platform: branch(name) for platform, name in chosen.items() if name != "xla"}
-    return jax.lax.platform_dependent(*arrays, default=branch("xla"), **per_platform)
+    traced, results = jax.make_jaxpr(portable, return_shape=True)(*arrays)
+    structure = jax.tree.structure(results)
+
+    def xla(*args: Any) -> Any:
+        return jax.tree.unflatten(structure, jaxpr_as_fun(traced)(*jax.tree.leaves(args)))
+
+    def kernel(name: str) -> Callable[..., Any]:
+        return functools.partial(deferred.call, _implementations[op][name], results, **static)
+
+    per_platform = {platform: kernel(name) for platform, name in chosen.items() if name != "xla"}
+    return jax.lax.platform_dependent(*arrays, default=xla, **per_platform)
 
 
 def explain(op: str, platform: str | None = None) -> str:

@@ -75,6 +75,37 @@ def test_vmap_and_grad_pass_through() -> None:
     assert jnp.allclose(gradient, -2 * jnp.sin(x))
 
 
+def test_only_what_is_lowered_is_traced() -> None:
+    """A kernel that cannot even be traced harms nobody on another platform; under vmap neither."""
+    _register("reference", "xla")
+
+    def kernel(x: jax.Array, *, scale: float) -> jax.Array:
+        raise RuntimeError("traced")
+
+    dispatch.register("wave", "pallas", kernel)
+    x = jnp.linspace(0.1, 0.9, 6).reshape(2, 3)
+    traced = jax.jit(jax.vmap(lambda row: dispatch.call("wave", None, row, scale=2.0))).trace(x)
+    assert "cosine" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    with pytest.raises(RuntimeError, match="traced"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_kernel_under_vmap_is_the_mapped_kernel(axis: int) -> None:
+    """Twice mapped, over axes that are not the first ones, with an argument that is not mapped."""
+    dispatch.register("outer", "xla", lambda x, by: x[:, None] * by)
+    dispatch.register("outer", "triton", lambda x, by: jnp.tanh(x)[:, None] * by)
+    x, by = jnp.ones((2, 3, 4)), jnp.ones(5)
+
+    def mapped(x: jax.Array, by: jax.Array) -> jax.Array:
+        inner = jax.vmap(lambda x: dispatch.call("outer", None, x, by), in_axes=axis)
+        return jax.vmap(inner, in_axes=2)(x)
+
+    lowered = jax.jit(mapped).trace(x, by).lower(lowering_platforms=("cuda",))
+    assert "tanh" in lowered.as_text()
+    assert lowered.out_info.shape == jax.eval_shape(mapped, x, by).shape
+
+
 def test_absent_arrays_pass_through() -> None:
     """None is an argument like any other: an op's optional input."""
     for name in ("xla", "pallas"):
