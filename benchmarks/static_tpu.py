@@ -25,22 +25,22 @@ KERNELS = ("linear_recurrence", "selective_scan forward", "selective_scan backwa
 BATCH, LENGTH, CHANNELS, ENTRIES, CHUNK = 2, 512, 2048, 16, 32
 
 
-def rows() -> list[tuple[str, str, str, bool]]:
-    """(kernel, dtype, chip, resets)."""
-    cases = [("float32", False), ("bfloat16", False), ("float32", True)]
+def rows() -> list[tuple[str, str, str, str]]:
+    """(kernel, dtype, chip, variant): a scan "with resets", or "alone", its step sizes given, without skip and gate."""
+    cases = [("float32", ""), ("bfloat16", ""), ("float32", "with resets"), ("float32", "alone")]
     scans = [(kernel, *case) for kernel in KERNELS[1:] for case in cases]
     return [
-        (kernel, dtype, chip, resets)
+        (kernel, dtype, chip, variant)
         for chip in CHIPS
-        for kernel, dtype, resets in [(KERNELS[0], "float32", False), *scans]
+        for kernel, dtype, variant in [(KERNELS[0], "float32", ""), *scans]
     ]
 
 
-def name_of(kernel: str, dtype: str, chip: str, resets: bool) -> str:
-    return f"{kernel} {'f32' if dtype == 'float32' else 'bf16'} {chip}" + (" with resets" if resets else "")
+def name_of(kernel: str, dtype: str, chip: str, variant: str) -> str:
+    return f"{kernel} {'f32' if dtype == 'float32' else 'bf16'} {chip} {variant}".strip()
 
 
-def measure(kernel: str, dtype: str, chip: str, resets: bool) -> dict[str, float]:
+def measure(kernel: str, dtype: str, chip: str, variant: str) -> dict[str, float]:
     """In a process of its own: the compiler reads where to write its listings when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
@@ -49,19 +49,19 @@ def measure(kernel: str, dtype: str, chip: str, resets: bool) -> dict[str, float
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
         }
-        command = [sys.executable, "-m", "benchmarks.static_tpu", "--compile", kernel, dtype, chip, str(int(resets))]
+        command = [sys.executable, "-m", "benchmarks.static_tpu", "--compile", kernel, dtype, chip, variant]
         run = subprocess.run(
             command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
         )
         if run.returncode:
-            raise RuntimeError(f"{name_of(kernel, dtype, chip, resets)} does not compile:\n{run.stderr[-3000:]}")
+            raise RuntimeError(f"{name_of(kernel, dtype, chip, variant)} does not compile:\n{run.stderr[-3000:]}")
         loops = json.loads(run.stdout.splitlines()[-1])
         listings = [path for path in Path(folder).glob("*final_bundles.txt") if "schedule-analysis" not in path.name]
         counts = [bundles_by_depth(path.read_text()) for path in listings]
     # Programs around the kernel have no loops in loops.
     counted = max(counts, key=lambda depths: max(depths, default=0) * 10**6 + sum(depths.values()))
     if max(counted) != len(loops):
-        raise RuntimeError(f"{name_of(kernel, dtype, chip, resets)}: loops {dict(counted)}, expected {loops}")
+        raise RuntimeError(f"{name_of(kernel, dtype, chip, variant)}: loops {dict(counted)}, expected {loops}")
     return {"bundles_per_step": round(sum(counted[depth] / tokens for depth, tokens in enumerate(loops, start=1)), 2)}
 
 
@@ -74,7 +74,7 @@ def bundles_by_depth(listing: str) -> collections.Counter[int]:
     return found
 
 
-def compile_kernel(kernel: str, dtype_name: str, chip: str, resets: bool) -> list[int]:
+def compile_kernel(kernel: str, dtype_name: str, chip: str, variant: str) -> list[int]:
     """Tokens per iteration of every loop, from the outermost to the innermost."""
     import jax
     import jax.numpy as jnp
@@ -97,11 +97,10 @@ def compile_kernel(kernel: str, dtype_name: str, chip: str, resets: bool) -> lis
     sequence = array(BATCH, LENGTH, CHANNELS, dtype=dtype)
     maps, state = array(BATCH, LENGTH, ENTRIES, dtype=dtype), array(BATCH, ENTRIES, CHANNELS)
     vector = array(CHANNELS)
-    reset = array(BATCH, LENGTH, dtype=jnp.dtype("bool")) if resets else None
-    inputs = Inputs(
-        sequence, sequence, array(ENTRIES, CHANNELS), maps, maps, vector, sequence, vector, state, reset, None
-    )
-    how = {"dt_softplus": True, "chunk_size": CHUNK}
+    reset = array(BATCH, LENGTH, dtype=jnp.dtype("bool")) if variant == "with resets" else None
+    rest = (None, None, None) if variant == "alone" else (vector, sequence, vector)
+    inputs = Inputs(sequence, sequence, array(ENTRIES, CHANNELS), maps, maps, *rest, state, reset, None)
+    how = {"dt_softplus": variant != "alone", "chunk_size": CHUNK}
     if kernel == KERNELS[0]:
         function, arguments = recurrence.pallas, (sequence, sequence, array(BATCH, CHANNELS))
         loops = [recurrence.MOST_TOKENS, 64]
@@ -123,10 +122,10 @@ def table() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", nargs=4, metavar=("KERNEL", "DTYPE", "CHIP", "RESETS"), help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=4, metavar=("KERNEL", "DTYPE", "CHIP", "VARIANT"), help=argparse.SUPPRESS)
     asked = parser.parse_args().compile
     if asked:
-        print(json.dumps(compile_kernel(*asked[:3], resets=asked[3] == "1")))
+        print(json.dumps(compile_kernel(*asked)))
         return
     found = table()
     for name, row in found.items():
