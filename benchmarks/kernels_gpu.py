@@ -6,11 +6,11 @@
 
 Every implementation is first held against a float64 oracle, at the shape that is timed: outputs and all gradients, from eight
 channels outside which the cotangent is zero. What is wrong is not timed; what is missing is named with the command that installs
-it. Times are of kernels (CUPTI; PyTorch: do_bench), beside the least that the machine allows: what an op must move at the measured
-copy bandwidth, or compute in exponentials and products. Then mamba-130m: training, decoding, and 50 losses with kernels and without.
-Writes kernels_gpu.json and kernels_gpu.html into --output (default benchmarks/results) after every figure, and nothing twice: with
---only, other figures of the same machine and versions stay. Names: "scan (8, 2048, 4096, 16)", "scan step (...)", "retention (...)",
-"models".
+it. Times are of kernels (CUPTI; PyTorch: do_bench), beside the least that the machine allows: what an op must move at the
+measured copy bandwidth, or compute in exponentials and products. Then mamba-130m: training, decoding, and 50 losses with kernels
+and without. Writes kernels_gpu.json, after every figure, and kernels_gpu.html into --output (default benchmarks/results); with
+--only, other figures of the same machine and versions stay. Names: "scan (8, 2048, 4096, 16)", "scan step (...)",
+"retention (...)", "models".
 """
 
 import argparse

@@ -81,7 +81,7 @@ RETENTIONS = (
     (1, 8192, 96, 128, 128), (2, 16384, 16, 128, 128), (4, 4096, 64, 128, 128), (4, 2048, 16, 128, 128),
     (8, 2048, 32, 256, 256), (4, 4096, 8, 256, 512),
 )  # fmt: skip
-TINY_SCANS, TINY_STEPS, TINY_RETENTIONS = ((2, 48, 40, 4), (1, 300, 8, 4)), ((2, 40, 4),), ((2, 96, 3, 8, 16),)
+TINY_SCANS, TINY_STEPS, TINY_RETENTIONS = ((2, 6, 20, 2),), ((2, 40, 4),), ((2, 96, 3, 8, 16),)
 
 
 def all_cases(tiny: bool = False) -> list[Case]:

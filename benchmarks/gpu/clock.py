@@ -1,7 +1,7 @@
 """Time and memory of compiled JAX programs, on a GPU by the protocol: kernels as the driver's own counters saw them.
 
-``kernel_ms`` is the sum of a call's kernels (CUPTI), without what lies between them; ``wall_ms`` is a call's share of many that were
-sent off without waiting, which is what a program gets. Inputs take turns when they would stay in the cache.
+``kernel_ms`` is the sum of a call's kernels (CUPTI), without what lies between them; ``wall_ms`` is a call's share of many that
+were sent off without waiting, which is what a program gets. Inputs take turns when they would stay in the cache.
 """
 
 import itertools
@@ -47,17 +47,15 @@ def sets_of(make: Callable[[int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 def measure(
     compiled: Any, sets: Sequence[tuple[Any, ...]], budget: float = 2.0, profile: bool = True
 ) -> dict[str, Any]:
-    """``wall_ms``, and ``kernel_ms`` where the profiler works; ``timer`` says which of them ``ms`` is. At least three calls."""
+    """``wall_ms``, and ``kernel_ms`` where the profiler works; ``timer`` says which of them ``ms`` is.
+
+    As many calls as ``budget`` seconds allow, but three; without a budget a single one.
+    """
     turns = _TakingTurns(compiled, sets)
     jax.block_until_ready(turns())
-    start = time.perf_counter()
-    jax.block_until_ready(turns())
-    calls = max(3, min(CALLS, int(budget / (time.perf_counter() - start))))
-    start = time.perf_counter()
-    for _ in range(calls):
-        last = turns()
-    jax.block_until_ready(last)
-    wall = 1e3 * (time.perf_counter() - start) / calls
+    once = _seconds(turns, 1)
+    calls = max(3, min(CALLS, int(budget / once)))
+    wall = 1e3 * (_seconds(turns, calls) if budget else once)
     measured = {"ms": wall, "timer": "wall", "wall_ms": wall}
     if profile and wall <= MOST_PROFILED_MS:
         times, why = _profiled(turns, min(calls, ITERATIONS))
@@ -67,6 +65,15 @@ def measure(
         else:
             measured["no_kernel_ms"] = why
     return measured
+
+
+def _seconds(turns: _TakingTurns, calls: int) -> float:
+    """Of one call, where several are sent off at once."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        last = turns()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / calls
 
 
 def _profiled(turns: _TakingTurns, iterations: int) -> tuple[list[float] | None, str]:
@@ -98,13 +105,15 @@ def machine(device: Any, tiny: bool = False) -> tuple[Machine, dict[str, Any]]:
     bandwidth, matmul = 2e3 * x.nbytes / copied["ms"], 2e3 * edge**3 / product["ms"]
     described = _describe()
     clock, cores = described.get("max_clock_mhz"), getattr(device, "core_count", None)
-    exponentials = cores * EXPONENTIALS_PER_CYCLE * 1e6 * clock if clock and cores else H200.exponentials
+    known = clock is not None and cores is not None
+    exponentials = cores * EXPONENTIALS_PER_CYCLE * 1e6 * clock if known else H200.exponentials
     described |= {
         "gpu": device.device_kind,
         "multiprocessors": cores,
         "copy_tb_per_s": bandwidth / 1e12,
         "bf16_matmul_tflop_per_s": matmul / 1e12,
         "exponentials_t_per_s": exponentials / 1e12,
+        "exponentials_from": "multiprocessors and clock" if known else "an H200's, as those of this GPU are unknown",
         "timer_of_ceilings": copied["timer"],
     }
     return Machine(bandwidth, matmul, exponentials), described

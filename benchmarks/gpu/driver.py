@@ -63,7 +63,7 @@ class Results:
 
 
 def run(output: Path, *, tiny: bool, only: str | None, torch_python: str | None) -> Results:
-    """Everything whose name ``only`` finds; ``tiny``: at shapes for a CPU. PyTorch first: JAX gives no memory back to the device."""
+    """Everything whose name ``only`` finds; ``tiny``: at shapes for a CPU. PyTorch first: JAX gives no memory back."""
     device = jax.devices()[0]
     if device.platform != "gpu" and not tiny:
         raise SystemExit(

@@ -62,11 +62,10 @@ def scan_step(batch: int, channels: int, entries: int) -> dict[str, tuple[Walk, 
 
 
 def retention(batch: int, length: int, heads: int, keys: int, values: int) -> dict[str, tuple[Walk, ...]]:
-    """Forward q, k, v to y; backward these and dy to dq, dk, dv. Products of the chunkwise form, in chunks of 64."""
-    tokens, chunk = batch * length * heads, 64
-    products = keys * values
-    forward = Walk(tokens * (2 * keys + 2 * values) * HALF, 0.0, tokens * (2 * chunk * (keys + values) + 4 * products))
-    backward = Walk(
-        tokens * (4 * keys + 3 * values) * HALF, 0.0, tokens * (2 * chunk * (3 * keys + 2 * values) + 10 * products)
-    )
+    """Forward q, k, v to y; backward these and dy to dq, dk, dv. Products of the chunkwise form in chunks of 64, of scores only the
+    triangle, and states not computed again."""
+    tokens, chunk, product = batch * length * heads, 64, keys * values
+    forward = Walk(tokens * (2 * keys + 2 * values) * HALF, 0.0, tokens * (chunk * (keys + values) + 4 * product))
+    scores = chunk * (3 * keys + 2 * values)
+    backward = Walk(tokens * (4 * keys + 3 * values) * HALF, 0.0, tokens * (scores + 8 * product))
     return {"forward": (forward,), "forward+backward": (forward, backward)}

@@ -1,6 +1,5 @@
 """A whole model with the kernels on and off: a training step, decoding, and the loss over some steps of both."""
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ LOSS_LEARNING_RATE = 1e-3
 class Setup(NamedTuple):
     """A size, and what it is run on: rows x tokens of a training step, of a step of the loss curves, and lengths of decoding.
 
-    The curves have shorter rows: what runs without kernels needs several launches a token.
+    The curves have shorter rows: what runs without kernels needs several launches a token. At least ``calls`` are timed.
     """
 
     size: dict[str, Any]
@@ -34,13 +33,14 @@ class Setup(NamedTuple):
     prompt: int = 512
     new: int = 128
     decode_batches: tuple[int, ...] = (1, 64)
+    calls: int = 3
 
     def model(self, **changes: Any) -> Any:
         return ssm_jax.build("mamba", **{**self.size, "dtype": "bfloat16", **changes})
 
 
 MAMBA_130M = Setup({"vocab_size": 50280, "d_model": 768, "n_layers": 24})
-TINY = Setup({"vocab_size": 32, "d_model": 16, "n_layers": 2, "d_state": 4}, (2, 24), (2, 24), 3, 5, 3, (1,))
+TINY = Setup({"vocab_size": 32, "d_model": 8, "n_layers": 1, "d_state": 2}, (1, 4), (1, 4), 2, 3, 3, (1,), 1)
 
 
 def implementations() -> dict[str, str | None]:
@@ -121,7 +121,7 @@ def _train(setup: Setup, name: str, budget: float = 10.0) -> dict[str, Any]:
         return (time.perf_counter() - start) / count
 
     steps(1)
-    seconds = steps(max(2, min(50, int(budget / steps(1)))))
+    seconds = steps(max(setup.calls, min(50, int(budget / steps(1)))) if setup.calls > 1 else 1)
     return {"tokens_per_s": rows * length / seconds, "ms": 1e3 * seconds, **clock.memory(compiled)}
 
 
@@ -134,20 +134,20 @@ def _decode(setup: Setup, batch: int, name: str) -> dict[str, Any]:
 
     def seconds(count: int) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(1 + setup.calls):
             start = time.perf_counter()
             ssm_jax.generate(model, params, prompt, max_new_tokens=count, decoder=decoder)
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
     with dispatch.prefer(name):
-        first, whole = seconds(1), seconds(setup.new)
-    return {
-        "tokens_per_s": batch * setup.new / whole,
-        "steps_tokens_per_s": batch * (setup.new - 1) / max(whole - first, 1e-9),
-        "prompt_ms": 1e3 * first,
-        "ms": 1e3 * whole,
-    }
+        return decoded(seconds(1), seconds(setup.new), batch, setup.new)
+
+
+def decoded(first: float, whole: float, batch: int, new: int) -> dict[str, Any]:
+    """Speed from the seconds of one new token and of ``new``; of the steps alone where the difference is one."""
+    alone = {"steps_tokens_per_s": batch * (new - 1) / (whole - first)} if whole > first else {}
+    return {"tokens_per_s": batch * new / whole, **alone, "prompt_ms": 1e3 * first, "ms": 1e3 * whole}
 
 
 def curves(setup: Setup, arms: list[str]) -> dict[str, Any]:
@@ -188,9 +188,8 @@ def _learnable(setup: Setup) -> Iterator[Array]:
 
 
 def programs(setup: Setup, abstract: Callable[[Any], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everything that ``run`` compiles for whole models, lowered for a device that need not be there: (name, how to lower it)."""
+    """Everything that ``run`` compiles for whole models: (name, how to compile it for a device that need not be there)."""
     from ssm_jax.generation import decoder as decoder_lib
-    from ssm_jax.generation import generate as generate_module
 
     for name, reason in implementations().items():
         if reason:

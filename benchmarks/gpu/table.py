@@ -22,7 +22,9 @@ def cell(found: dict[str, Any]) -> str:
     if "tokens_per_s" in found:
         parts.append(f"{found['tokens_per_s']:,.0f} tokens/s")
     if "steps_tokens_per_s" in found:
-        parts.append(f"steps alone {found['steps_tokens_per_s']:,.0f}, prompt {found['prompt_ms']:.4g} ms")
+        parts.append(f"steps alone {found['steps_tokens_per_s']:,.0f}")
+    if "prompt_ms" in found:
+        parts.append(f"prompt {found['prompt_ms']:.4g} ms")
     if "peak_gib" in found:
         parts.append(f"{found['peak_gib']:.2f} GiB")
     if "errors" in found:

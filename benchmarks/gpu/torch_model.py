@@ -1,4 +1,4 @@
-"""mamba_ssm's language model: a training step and greedy decoding. On a CPU transformers' Mamba stands in for it, under its name."""
+"""mamba_ssm's language model: a training step and greedy decoding. On a CPU transformers' Mamba stands in for it."""
 
 import importlib
 import time
@@ -16,10 +16,8 @@ def run(request: dict[str, Any], device: str, report: Callable[..., None]) -> No
     names = ["train", *(f"decode, batch {batch}" for batch in request["decode_batches"])]
     for name in names:
         try:
-            if name == "train":
-                found = _train(request, device)
-            else:
-                found = _decode(request, int(name.rsplit(" ", 1)[1]), device)
+            batch = int(name.split()[-1]) if name != "train" else None
+            found = _train(request, device) if batch is None else _decode(request, batch, device)
             report(case=name, row=row, passes="model", **found)
         except ImportError as error:
             report(case=name, row=row, passes="model", missing=missing("mamba_ssm", error))
@@ -87,12 +85,8 @@ def _decode(request: dict[str, Any], batch: int, device: str) -> dict[str, Any]:
         return model.generate(ids, max_length=prompt + count, cg=True)
 
     first, whole = _seconds(lambda: generate(1), device), _seconds(lambda: generate(new), device)
-    return {
-        "tokens_per_s": batch * new / whole,
-        "steps_tokens_per_s": batch * (new - 1) / max(whole - first, 1e-9),
-        "prompt_ms": 1e3 * first,
-        "ms": 1e3 * whole,
-    }
+    alone = {"steps_tokens_per_s": batch * (new - 1) / (whole - first)} if whole > first else {}
+    return {"tokens_per_s": batch * new / whole, **alone, "prompt_ms": 1e3 * first, "ms": 1e3 * whole}
 
 
 def _seconds(function: Callable[[], Any], device: str, budget: float = 5.0) -> float:
