@@ -35,6 +35,9 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault(
+            "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        )
     # The PyTorch side shares the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if args.aot:

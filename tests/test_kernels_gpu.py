@@ -140,6 +140,35 @@ def test_what_is_wrong_is_not_timed_and_what_breaks_is_named(tmp_path: Path) -> 
     assert "missing: selective_scan: implementation 'pallas'" in shown
 
 
+def test_a_run_on_a_gpu_played_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a dry run leaves out: profiled kernels, inputs that take turns, memory that is too small, the machine's own rates."""
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)
+    gpu.memory_stats = lambda: {"bytes_limit": 2**21}
+    rates = clock.machine
+    monkeypatch.setattr(clock, "machine", lambda device, tiny: rates(device, True))
+    monkeypatch.setattr(clock, "_describe", lambda: {"driver": "1", "max_clock_mhz": 1980.0})
+    monkeypatch.setattr(clock, "OUT_OF_CACHE", 10_000)
+    monkeypatch.setattr(clock, "CALLS", 3)
+    _profiler(monkeypatch, [("kernel", 0.25)] * 3)
+    tiny = [_case("scan step"), _case("retention")]
+    large = dataclasses.replace(tiny[0], others={"large": lambda inputs: jnp.cumsum(jnp.zeros(2**22))}, baselines=())
+    monkeypatch.setattr(driver, "all_cases", lambda _: [large, dataclasses.replace(tiny[1], baselines=())])
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    results = driver.run(tmp_path, tiny=False, only="scan|retention", torch_python=None)
+    described, kernels = results.whole["conditions"], results.whole["kernels"]
+    assert described["exponentials_t_per_s"] == pytest.approx(4.18, abs=0.01)
+    assert described["gpu"] == "NVIDIA H200"
+    assert not described["dry_run"]
+    rows = {row: cells for entry in kernels.values() for row, cells in entry["rows"].items()}
+    assert rows["large"]["step"]["failed"].startswith("does not fit")
+    for name, passes in (("scan step", "step"), ("retention", "forward"), ("retention", "forward+backward")):
+        entry = next(entry for case, entry in kernels.items() if case.startswith(name + " ("))
+        found = entry["rows"]["ssm_jax xla"][passes]
+        assert (found["ms"], found["timer"]) == (0.25, "kernels"), found
+        assert found["floor_over_measured"] == pytest.approx(entry["floors"][passes]["ms"] / 0.25)
+    assert "NVIDIA H200" in page.render(results.whole)
+
+
 def test_a_part_is_measured_again_beside_the_rest(tmp_path: Path) -> None:
     """Of the same machine and versions; figures of others are not mixed, nor lost."""
     first = _results(tmp_path)

@@ -16,8 +16,7 @@ from benchmarks.gpu import clock
 from ssm_jax.errors import ImplementationError
 from ssm_jax.ops import dispatch, linear_cross_entropy
 
-LEARNING_RATE, CLIP = 1e-4, 1.0
-LOSS_LEARNING_RATE = 1e-3
+LEARNING_RATE, CLIP = 1e-3, 1.0
 
 
 class Setup(NamedTuple):
@@ -55,9 +54,10 @@ def implementations() -> dict[str, str | None]:
     return arms
 
 
-def step_of(model: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any, Any]:
+@functools.cache
+def step_of(model: Any) -> tuple[Any, Any]:
     """A jitted (params, moments, tokens [B, L+1]) -> (params, moments, loss), the first two donated; and the optimizer."""
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(learning_rate, weight_decay=0.01))
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=0.01))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, moments: Any, tokens: Array) -> Any:
@@ -77,6 +77,9 @@ def step_of(model: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any, Any]
 def init(model: Any) -> Any:
     """Parameters; for ``jax.eval_shape`` too."""
     return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+_init = jax.jit(init, static_argnums=0)
 
 
 def run(setup: Setup) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -106,7 +109,7 @@ def _train(setup: Setup, name: str, budget: float = 10.0) -> dict[str, Any]:
     model = setup.model()
     step, optimizer = step_of(model)
     rows, length = setup.train_batch
-    params = jax.jit(functools.partial(init, model))()
+    params = _init(model)
     moments = optimizer.init(params)
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, setup.size["vocab_size"])
     with dispatch.prefer(name):
@@ -128,7 +131,7 @@ def _train(setup: Setup, name: str, budget: float = 10.0) -> dict[str, Any]:
 def _decode(setup: Setup, batch: int, name: str) -> dict[str, Any]:
     """Greedy tokens after a prompt; those of the steps alone from what they take beyond the first token."""
     model = setup.model(param_dtype="bfloat16")
-    params = jax.jit(functools.partial(init, model))()
+    params = _init(model)
     prompt = np.random.default_rng(2).integers(0, setup.size["vocab_size"], (batch, setup.prompt))
     decoder = ssm_jax.generation.make_decoder(model, params)
 
@@ -167,8 +170,8 @@ def curves(setup: Setup, arms: list[str]) -> dict[str, Any]:
 
 def _losses(setup: Setup, name: str, reverse: bool = False, chunk_size: int | None = None) -> list[float]:
     model = setup.model(chunk_size=chunk_size)
-    step, optimizer = step_of(model, LOSS_LEARNING_RATE)
-    params = jax.jit(functools.partial(init, model))()
+    step, optimizer = step_of(model)
+    params = _init(model)
     moments, losses = optimizer.init(params), []
     with dispatch.prefer(name):
         for tokens in _learnable(setup):

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.torch_side import missing
 
-LEARNING_RATE, CLIP = 1e-4, 1.0
+LEARNING_RATE, CLIP = 1e-3, 1.0
 
 
 def run(request: dict[str, Any], device: str, report: Callable[..., None]) -> None:
