@@ -44,6 +44,13 @@ def test_oracles_equal_the_ops(title: str) -> None:
     assert max(errors.values()) < 1e-5, errors
 
 
+def test_the_oracle_of_retention_does_not_depend_on_its_blocks() -> None:
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(20, 3)) for name in ("q", "k", "v", "dy")}
+    whole, parts = (oracle.retention(**arrays, log_decay=-0.1, rows=rows) for rows in (32, 6))
+    assert max(oracle.errors(parts, whole).values()) < 1e-12
+
+
 def test_the_oracle_looks_at_few_channels_of_many() -> None:
     assert oracle.some(4096).tolist() == [0, 585, 1170, 1755, 2340, 2925, 3510, 4095]
     dy = _case("scan").cotangent(jax.random.key(0), True)

@@ -103,41 +103,46 @@ def _keep_baseline(results: Results, line: dict[str, Any]) -> None:
 
 
 def _measure(case: Case, results: Results, device: Any, tiny: bool) -> None:
-    make = jax.jit(case.inputs)
-    inputs, masked = make(jax.random.key(0)), case.cotangent(jax.random.key(1), True)
-    expected = case.expected(inputs, masked)
+    arguments = jax.jit(
+        lambda i, masked: (case.inputs(jax.random.key(i)), case.cotangent(jax.random.key(i + 100), masked)),
+        static_argnums=1,
+    )
+    expected = case.expected(*arguments(0, True))
     for row, run in case.contestants().items():
         for passes in case.walks if not isinstance(run, str) else ["all"]:
             if isinstance(run, str):
                 found: dict[str, Any] = {"missing": run}
             else:
                 try:
-                    found = _one(case, run, passes, (inputs, masked), expected, device, tiny)
+                    found = _one(case, run, passes, arguments, expected, device, tiny)
                 except Exception as error:
                     found = {"failed": f"{type(error).__name__}: {error}"[:300]}
             results.kernel(case.name, row, passes, found)
 
 
 def _one(
-    case: Case, run: Run, passes: str, arguments: tuple[Any, Any], expected: oracle.Arrays, device: Any, tiny: bool
+    case: Case,
+    run: Run,
+    passes: str,
+    arguments: Callable[[int, bool], tuple[Any, Any]],
+    expected: oracle.Arrays,
+    device: Any,
+    tiny: bool,
 ) -> dict[str, Any]:
     """Compiled, held against the oracle, and timed if it is right and fits."""
-    compiled = jax.jit(program(run, passes)).lower(*arguments).compile()
+    checked = arguments(0, True)
+    compiled = jax.jit(program(run, passes)).lower(*checked).compile()
     found: dict[str, Any] = clock.memory(compiled)
     room = (device.memory_stats() or {}).get("bytes_limit", float("inf")) / clock.GIB
     if found["peak_gib"] > room:
         return {**found, "failed": f"does not fit: {found['peak_gib']:.1f} GiB of {room:.1f}"}
-    out = compiled(*arguments)
+    out = compiled(*checked)
     y, gradients = out if "backward" in passes else (out, None)
     found["errors"] = oracle.errors(case.looked_at(y, gradients), expected)
-    del out, y, gradients
+    del out, y, gradients, checked
     if wrong := oracle.verdict(found["errors"]):
         return {**found, "failed": wrong}
-
-    def arguments_of(i: int) -> tuple[Any, Any]:
-        return case.inputs(jax.random.key(i)), case.cotangent(jax.random.key(i + 100), False)
-
-    sets = clock.sets_of(jax.jit(arguments_of, static_argnums=0)) if not tiny else [arguments_of(0)]
+    sets = [arguments(0, False)] if tiny else clock.sets_of(lambda i: arguments(i, False))
     return {**found, **clock.measure(compiled, sets, budget=0.0 if tiny else 2.0, profile=not tiny)}
 
 
