@@ -84,7 +84,7 @@ def _all(entries: list[dict[str, Any]]) -> str:
         )
         for row, found in entry["rows"].items():
             times = table.times_ours(entry["rows"], row)
-            ours = "" if times is None else f", {times:.2f} times ours"
+            ours = "" if times is None else f", {times:.2f} times our fastest"
             rows.append(f"<tr><th>{escape(row)}</th><td>{escape(table.cell(found) + ours)}</td></tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
