@@ -5,12 +5,14 @@ Every op has ``reference`` (a sequential oracle) and ``xla`` (works everywhere).
 
 ``implementation=None`` decides per platform *at lowering time* (``jax.lax.platform_dependent``), so that compiling on a
 CPU host for an accelerator picks the accelerator's kernel, and no kernel is traced for a platform that it does not run on. A
-name forces one, or raises with the reason.
+name forces one, or raises with the reason. ``prefer`` gives None another meaning for a while: it reaches ops inside models,
+which pass None.
 """
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "rocm": ("xla",),
     "cpu": ("xla",),
 }
+
+# Part of the key of every ``jax.jit`` cache: a function that was traced under another preference is traced again.
+_preferred = jax.make_user_context(default_value=None)
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 _unavailable: dict[str, dict[str, str]] = {}
@@ -62,6 +67,25 @@ def choice(op: str, platform: str) -> str:
     return next(name for name in PREFERENCE.get(platform, ("xla",)) if name in available)
 
 
+@contextlib.contextmanager
+def prefer(implementation: str | None) -> Iterator[None]:
+    """Within, ``implementation=None`` means this name for every op that has it; ops without it choose by platform as before.
+
+    It counts where a computation is traced: what runs later, and other threads, are as they were. None: by platform.
+
+    Raises:
+        ImplementationError: no platform's implementation has that name; or, from an op that is called within, its implementation
+            of that name cannot run here.
+    """
+    names = sorted({name for order in PREFERENCE.values() for name in order})
+    if implementation is not None and implementation not in names:
+        raise ImplementationError(
+            f"No implementation to prefer is named {implementation!r}; use one of {names} or None."
+        )
+    with _preferred(implementation):
+        yield
+
+
 def lookup(op: str, name: str) -> Callable[..., Any]:
     """The implementation ``name`` of ``op``; raises ImplementationError with the reason if it is not there."""
     available = _implementations[op]
@@ -75,6 +99,10 @@ def lookup(op: str, name: str) -> Callable[..., Any]:
 
 def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> Any:
     """Runs ``op`` on array arguments (pytrees) with static keyword arguments, by name or by the lowering platform."""
+    if implementation is None:
+        preferred = _preferred.value
+        known = preferred in _implementations[op] or preferred in _unavailable.get(op, {})
+        implementation = preferred if known else None
     if implementation is not None:
         return lookup(op, implementation)(*arrays, **static)
     chosen = {platform: choice(op, platform) for platform in PREFERENCE}

@@ -128,6 +128,63 @@ def test_unavailable_implementation_says_why() -> None:
     assert dispatch.explain("wave", "cuda") == "wave on cuda: xla (triton: jax-triton is not installed)"
 
 
+def _called(x: jax.Array) -> Any:
+    return dispatch.call("wave", None, x, scale=2.0)
+
+
+def test_preference_gives_none_another_meaning() -> None:
+    """Wherever the computation is lowered for; a name still forces, the platform decides again afterwards and within None."""
+    _register(*MARKS)
+    with dispatch.prefer("triton"):
+        assert [_program(platform) for platform in ("cpu", "tpu", "cuda")] == ["triton"] * 3
+        assert _program("cpu", implementation="pallas") == "pallas"
+        with dispatch.prefer(None):
+            assert _program("tpu") == "pallas"
+        with dispatch.prefer("xla"):
+            assert _program("cuda") == "xla"
+        assert _program("cpu") == "triton"
+    assert _program("cpu") == "xla"
+
+
+def test_preference_ends_with_an_error() -> None:
+    _register(*MARKS)
+    with pytest.raises(KeyError), dispatch.prefer("triton"):
+        raise KeyError
+    assert _program("cpu") == "xla"
+
+
+def test_a_compiled_function_follows_the_preference() -> None:
+    """One jitted function, called with and without: no program of the other meaning is used again. Gradients too."""
+    _register(*MARKS)
+    x = jnp.linspace(0.1, 0.9, 3)
+    run, gradient = jax.jit(_called), jax.jit(jax.grad(lambda x: _called(x).sum()))
+    for _ in range(2):
+        assert jnp.allclose(run(x), 2 * jnp.cos(x))
+        assert jnp.allclose(gradient(x), -2 * jnp.sin(x))
+        with dispatch.prefer("triton"):
+            assert jnp.allclose(run(x), 2 * jnp.log(x))
+            assert jnp.allclose(gradient(x), 2 / x)
+
+
+def test_ops_without_the_preferred_implementation_choose_by_platform() -> None:
+    _register("reference", "xla", "pallas")
+    with dispatch.prefer("triton"):
+        assert (_program("tpu"), _program("cuda")) == ("pallas", "xla")
+
+
+def test_a_preferred_implementation_that_cannot_run_says_why() -> None:
+    _register("reference", "xla")
+    dispatch.register_unavailable("wave", "triton", "jax-triton is not installed")
+    with dispatch.prefer("triton"), pytest.raises(ImplementationError, match="jax-triton is not installed"):
+        _called(jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", ["vulkan", "reference"])
+def test_preference_of_an_unknown_name(name: str) -> None:
+    with pytest.raises(ImplementationError, match=rf"named '{name}'.*'pallas', 'triton', 'xla'"), dispatch.prefer(name):
+        raise AssertionError("nothing runs under an unknown name")
+
+
 def test_explain() -> None:
     _register("reference", "xla", "pallas")
     assert dispatch.implementations("wave") == ("reference", "xla", "pallas")
