@@ -81,7 +81,7 @@ def _backward(
     activation: str | None, implementation: str | None, inputs: Inputs, cotangents: tuple[Array, Array]
 ) -> tuple[Inputs]:
     gradients = dispatch.call("causal_conv_backward", implementation, inputs, *cotangents, activation=activation)
-    return (Inputs(*gradients, None, None),)
+    return (Inputs._make((*gradients, None, None)),)
 
 
 _differentiable.defvjp(_forward, _backward)
