@@ -4,7 +4,8 @@
 
 Per kernel and shape: registers, bytes spilled, and the instructions of its inner loops per 32 elements of work (for a scan one
 element is one state entry of one channel and token), the "issue slots" that bound a kernel which computes more than it loads.
-Compare with mamba_ssm's CUDA scan, counted in the same way: 22 forward, 70 and atomics backward.
+Compare with mamba_ssm's CUDA scan, counted in the same way: 22 forward, 70 and atomics backward. For a kernel that memory bounds,
+the bytes it moves per element too.
 """
 
 import argparse
@@ -132,6 +133,37 @@ def scan_slots(launch: Launch, cost: Cost) -> list[float]:
     return [round(size / entries, 2) for size in cost.loops]
 
 
+def causal_conv_launches(**options: Any) -> dict[str, Launch]:
+    """The kernels of the convolution before that scan, by name."""
+    from ssm_jax.ops.causal_conv import causal_conv
+
+    batch, length, channels = options.pop("shape", (8, 2048, 4096))
+    inputs = {
+        "x_BLD": jax.ShapeDtypeStruct((batch, length, channels), options.pop("dtype", jnp.bfloat16)),
+        "kernel_KD": jax.ShapeDtypeStruct((options.pop("taps", 4), channels), jnp.float32),
+        "bias_D": jax.ShapeDtypeStruct((channels,), jnp.float32),
+    }
+    if options.pop("reset", False):
+        inputs["reset"] = jax.ShapeDtypeStruct((batch, length), jnp.bool_)
+
+    def both(inputs: dict[str, jax.Array]) -> Any:
+        y, pull = jax.vjp(lambda i: causal_conv(**i, activation="silu", implementation="triton")[0], inputs)
+        return pull(y)
+
+    return _by_name(both, inputs)
+
+
+def conv_bytes(launch: Launch) -> dict[str, float]:
+    """Per element: every input and output once, and all that is loaded and stored, of which the tokens around segments come from
+    a cache."""
+    how = launch.constants
+    size, around = launch.arguments[0].dtype.itemsize, (how["K"] - 1) / how["SEGMENT"]
+    if launch.kernel.fn.__name__ == "forward":
+        return {"floor_bytes": 2 * size, "bytes": round((2 + around) * size, 2)}
+    parts = 4 * (how["K"] + 1) / how["SEGMENT"]
+    return {"floor_bytes": 3 * size, "bytes": round((3 + 3 * around) * size + parts, 2)}
+
+
 def table() -> dict[str, Any]:
     """Every kernel of every op."""
     rows = {}
@@ -142,6 +174,20 @@ def table() -> dict[str, Any]:
                 "slots_per_32": round(sum(scan_slots(launch, cost)), 2),
                 "registers": cost.registers,
                 "spilled_bytes": cost.spilled_bytes,
+            }
+    for label, options in (
+        ("", {}),
+        (" with resets", {"reset": True}),
+        (" float32", {"dtype": jnp.float32}),
+        (" with resets, 8 taps", {"reset": True, "taps": 8}),
+    ):
+        for name, launch in causal_conv_launches(**options).items():
+            cost, elements = compile_launch(launch), launch.constants["UNROLL"] * launch.constants["BE"] / 32
+            rows[f"causal_conv {name}{label}"] = {
+                "slots_per_32": round(cost.loops[0] / elements, 2),
+                "registers": cost.registers,
+                "spilled_bytes": cost.spilled_bytes,
+                **conv_bytes(launch),
             }
     return rows
 

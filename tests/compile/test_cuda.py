@@ -1,6 +1,7 @@
 """GPU kernels compiled for an H200 that is not there: the cost of their machine code, memory, and what devices exchange."""
 
 import collections
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -117,6 +118,23 @@ def test_a_scan_on_a_mesh_gathers_nothing(sizes: dict[str, int], h200s: list[Any
     both = compiled(scan_and_gradients, mesh, inputs).as_text()
     assert kernels_in(both) >= 2
     assert exchanges_in(both) == (set() if mesh.size == 1 else {"all-reduce"})
+
+
+def test_a_convolution_on_a_mesh_gathers_nothing(h200s: list[Any]) -> None:
+    """Nor does a convolution's backward pass, which adds up two gradients."""
+    mesh = mesh_of(h200s, data=2, fsdp=2, tensor=2)
+    x = scan_inputs(mesh, 8, 512, 256)["x_BLE"]
+    arguments = (
+        x,
+        jax.ShapeDtypeStruct((4, 256), FLOAT32, sharding=NamedSharding(mesh, PartitionSpec(None, "tensor"))),
+    )
+    conv = functools.partial(ssm_jax.ops.causal_conv, activation="silu")
+    forward = compiled(lambda x, kernel: conv(x, kernel), mesh, *arguments).as_text()
+    assert kernels_in(forward) == 1
+    assert not exchanges_in(forward)
+    both = compiled(lambda x, kernel: jax.vjp(lambda *a: conv(*a)[0], x, kernel)[1](x), mesh, *arguments).as_text()
+    assert kernels_in(both) == 1
+    assert exchanges_in(both) == {"all-reduce"}
 
 
 def test_memory_of_a_scan_is_its_kept_states_and_partial_sums(h200s: list[Any]) -> None:
