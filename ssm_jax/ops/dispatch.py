@@ -98,7 +98,10 @@ def lookup(op: str, name: str) -> Callable[..., Any]:
 
 
 def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> Any:
-    """Runs ``op`` on array arguments (pytrees) with static keyword arguments, by name or by the lowering platform."""
+    """Runs ``op`` on array arguments (pytrees) with static keyword arguments, by name or by the lowering platform.
+
+    Kernels have no derivatives: an op's ``custom_vjp`` stands around this.
+    """
     if implementation is None:
         preferred = _preferred.value
         known = preferred in _implementations[op] or preferred in _unavailable.get(op, {})
