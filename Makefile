@@ -59,7 +59,7 @@ $(VENV)/.aot: $(VENV)/.python pyproject.toml
 # An environment of its own: make test-kernels VENV=.venv-kernels PYTHON=python3.12
 test-kernels: $(VENV)/.aot
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "triton and not slow" tests/triton
-	$(BIN)/python -m pytest -n 2 -m "compile and not slow" tests/compile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "compile and not slow" tests/compile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
