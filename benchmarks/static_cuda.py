@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssm_jax.ops import triton_call
 from ssm_jax.ops.triton_call import Launch
@@ -164,9 +165,72 @@ def conv_bytes(launch: Launch) -> dict[str, float]:
     return {"floor_bytes": 3 * size, "bytes": round((3 + 3 * around) * size + parts, 2)}
 
 
+# Keys and values of a head: small ones, RetNet's, those of retention with wide heads, and DenseRetNet's; SSD's of Mamba-2.
+RETENTION_HEADS = ((64, 64), (128, 128), (256, 256), (256, 512), (384, 1536))
+SSD_HEADS = ((64, 64), (128, 64), (128, 128))
+
+
+def retention_launches(keys: int, values: int) -> dict[str, Launch]:
+    """The kernels of retention in a layer of 16 heads, 4 x 4,096 tokens."""
+    from ssm_jax.ops.retention import retention
+
+    def array(width: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((4, 4096, 16, width), jnp.bfloat16)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        rates = np.log1p(-(2.0 ** -np.arange(5.0, 21.0)))
+        y, pull = jax.vjp(lambda *i: retention(*i, rates, implementation="triton")[0], q, k, v)
+        return pull(y)
+
+    return _by_name(both, array(keys), array(keys), array(values))
+
+
+def ssd_launches(keys: int, values: int) -> dict[str, Launch]:
+    """The kernels of SSD in a layer of 32 heads of one group, 4 x 4,096 tokens."""
+    from ssm_jax.ops.ssd import ssd
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((4, 4096, *shape), dtype)
+
+    def both(*inputs: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda *i: ssd(*i, implementation="triton")[0], *inputs)
+        return pull(y)
+
+    vector = jax.ShapeDtypeStruct((32,), jnp.float32)
+    return _by_name(both, array(32, values), array(32), vector, array(1, keys), array(1, keys), vector, vector)
+
+
+def forward_bytes(launch: Launch) -> float:
+    """What a forward launch reads and writes, everything once, in units of q, k, v, y and the states before and after."""
+    names = ("q", "k", "v", "gain", "log_decay", "state", "reset", "scale", "skip", "decays", "ends")
+    how = launch.constants
+    there = {"gain": how["HAS_GAIN"], "reset": how["HAS_RESET"], "scale": how["HAS_SCALE"], "skip": how["HAS_SKIP"]}
+    there |= dict.fromkeys(("decays", "ends"), how["SEGMENTS"] > 1)
+    given = {name: array for name, array in zip(names, launch.arguments, strict=True) if there.get(name, True)}
+    needed = sum(_bytes(array) for array in (*(given[name] for name in ("q", "k", "v", "state")), *launch.outputs))
+    return round((sum(map(_bytes, given.values())) + sum(map(_bytes, launch.outputs))) / needed, 3)
+
+
+def _bytes(array: jax.ShapeDtypeStruct) -> int:
+    return array.size * array.dtype.itemsize
+
+
 def table() -> dict[str, Any]:
     """Every kernel of every op."""
-    rows = {}
+    rows: dict[str, Any] = {}
+    for op, launches, heads in (
+        ("retention", retention_launches, RETENTION_HEADS),
+        ("ssd", ssd_launches, SSD_HEADS),
+    ):
+        for keys, values in heads:
+            for name, launch in launches(keys, values).items():
+                cost = compile_launch(launch)
+                rows[f"{op} {name} {keys}x{values}"] = {
+                    "registers": cost.registers,
+                    "spilled_bytes": cost.spilled_bytes,
+                    "tensor_instructions": sum(cost.instructions.get(x, 0) for x in ("HGMMA", "HMMA")),
+                    **({"bytes_over_floor": forward_bytes(launch)} if name == "forward" else {}),
+                }
     for label, options in (("", {}), (" with resets", {"reset": True}), (" float32", {"dtype": jnp.float32})):
         for name, launch in selective_scan_launches(**options).items():
             cost = compile_launch(launch)

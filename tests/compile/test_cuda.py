@@ -51,7 +51,8 @@ def measured() -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("row", RECORDED)
 def test_no_kernel_costs_more_than_recorded(row: str, measured: dict[str, dict[str, float]]) -> None:
     for name, value in RECORDED[row].items():
-        assert measured[row][name] <= value, name
+        if name != "tensor_instructions":
+            assert measured[row][name] <= value, name
 
 
 def test_every_kernel_is_recorded(measured: dict[str, dict[str, float]]) -> None:
@@ -63,6 +64,14 @@ def test_a_scan_takes_fewer_instructions_than_its_target(
     kernel: str, slots: float, measured: dict[str, dict[str, float]]
 ) -> None:
     assert measured[f"selective_scan {kernel}"]["slots_per_32"] <= slots
+
+
+@pytest.mark.parametrize("row", [row for row in RECORDED if row.startswith(("retention", "ssd"))])
+def test_products_are_the_tensor_cores(row: str, measured: dict[str, dict[str, float]]) -> None:
+    """And heads of 64 and 128 spill nothing; a forward pass moves what it must, once."""
+    assert measured[row]["tensor_instructions"] > 0
+    assert measured[row]["spilled_bytes"] == 0 or not row.endswith(("64x64", "128x128", "128x64"))
+    assert measured[row].get("bytes_over_floor", 1) <= 1.1
 
 
 # One op in a program.

@@ -56,7 +56,7 @@ def test_equals_masked_attention(chunk_size: int, resets: bool) -> None:
     with jax.enable_x64(True):
         reset = jnp.asarray(np.random.default_rng(1).random((2, LENGTH)) < (0.15 if resets else 0))
         optional = reset if resets else None
-        actual = with_gradients(lambda *inputs: linear_attention(*inputs, optional, chunk_size), arrays())
+        actual = with_gradients(lambda *inputs: linear_attention(*inputs, optional, chunk_size=chunk_size), arrays())
         expected = with_gradients(lambda *inputs: dense(*inputs, reset), arrays())
         for result, target in zip(actual, expected, strict=True):
             np.testing.assert_allclose(result, target, rtol=0, atol=1e-12 * np.abs(target).max())
@@ -69,7 +69,9 @@ def test_strong_decays_leave_later_weak_ones_exact(decay: float) -> None:
     log_decay = np.full_like(log_decay, -0.01)
     log_decay[:, : LENGTH // 2] = decay
     inputs = (q, k, v, gain, log_decay, state)
-    single = with_gradients(lambda *inputs: linear_attention(*inputs, None, 64), [x.astype(np.float32) for x in inputs])
+    single = with_gradients(
+        lambda *inputs: linear_attention(*inputs, chunk_size=64), [x.astype(np.float32) for x in inputs]
+    )
     with jax.enable_x64(True):
         exact = with_gradients(lambda *inputs: dense(*inputs, jnp.zeros((1, LENGTH), bool)), inputs)
     for result, target in zip(single, exact, strict=True):

@@ -39,7 +39,9 @@ def test_segments_equal_masked_attention(resets: bool, monkeypatch: pytest.Monke
     reset = np.random.default_rng(1).random((2, plain.LENGTH)) < (0.15 if resets else 0)
     narrow = [x.astype(np.float32) for x in plain.arrays()]
     given = jnp.asarray(reset) if resets else None
-    actual = plain.with_gradients(lambda *inputs: linear_attention(*inputs, given, 16, "triton"), narrow)
+    actual = plain.with_gradients(
+        lambda *inputs: linear_attention(*inputs, given, chunk_size=16, implementation="triton"), narrow
+    )
     with jax.enable_x64(True):
         expected = plain.with_gradients(lambda *inputs: plain.dense(*inputs, reset), plain.arrays())
     assert_close(actual, expected)
@@ -62,7 +64,9 @@ def test_keys_and_values_beyond_one_tile(keys: int, values: int) -> None:
     """Neither a power of two nor a multiple of a tile, as DenseRetNet's are not."""
     inputs = wide_inputs(keys, values, length=19)
     actual, expected = (
-        plain.with_gradients(lambda *inputs, name=name: linear_attention(*inputs, None, 16, name), inputs)
+        plain.with_gradients(
+            lambda *inputs, name=name: linear_attention(*inputs, None, chunk_size=16, implementation=name), inputs
+        )
         for name in ("triton", "xla")
     )
     assert_close(actual, expected)
@@ -75,7 +79,9 @@ def test_small_decays_after_large_ones() -> None:
     with jax.enable_x64(True):
         wide = [x.astype(np.float64) for x in inputs]
         expected = plain.with_gradients(lambda *i: plain.dense(*i, np.zeros((2, 32), bool)), wide)
-    actual = plain.with_gradients(lambda *inputs: linear_attention(*inputs, None, 32, "triton"), inputs)
+    actual = plain.with_gradients(
+        lambda *inputs: linear_attention(*inputs, None, chunk_size=32, implementation="triton"), inputs
+    )
     assert_close(actual[:-1], expected[:-1], 2e-6)
     assert np.abs(expected[-1]).max() < np.finfo(np.float32).tiny
     assert not actual[-1].any()
@@ -87,7 +93,7 @@ def test_constant_decays_equal_decays_per_token() -> None:
     rates = -np.asarray([0.01, 0.1, 0.5, 2.0], np.float32)
 
     def run(log_decay: Any, q: Any, k: Any, v: Any, state: Any) -> Any:
-        return linear_attention(q, k, v, None, log_decay, state, None, 16, "triton")
+        return linear_attention(q, k, v, None, log_decay, state, chunk_size=16, implementation="triton")
 
     per_token = jnp.broadcast_to(rates, (2, 21, 4))
     actual, expected = (
@@ -103,7 +109,9 @@ def test_each_device_runs_its_own_lanes_and_heads(groups: int, shape: tuple[int,
     inputs = wide_inputs(4, 5, length=19, groups=groups)
 
     def run() -> list[np.ndarray]:
-        return plain.with_gradients(lambda *inputs: linear_attention(*inputs, None, 16, "triton"), inputs)
+        return plain.with_gradients(
+            lambda *inputs: linear_attention(*inputs, None, chunk_size=16, implementation="triton"), inputs
+        )
 
     alone = run()
     mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

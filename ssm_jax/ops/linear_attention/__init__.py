@@ -23,7 +23,6 @@ def default_chunk_size(keys: int, values: int) -> int:
     return min(256, 2 ** math.ceil(math.log2(keys * values) / 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def linear_attention(
     q_BLGN: Float[Array, "B L G N"],
     k_BLGN: Float[Array, "B L G N"],
@@ -31,42 +30,58 @@ def linear_attention(
     gain_BLH: Float[Array, "B L H"] | None,
     log_decay: Float[Array, "B L H"] | Float[Array, "H"],
     state_BHNP: Float[Array, "B H N P"],
-    reset_BL: Reset | None,
+    reset_BL: Reset | None = None,
+    *,
+    scale_BLH: Float[Array, "B L H"] | None = None,
+    skip_H: Float[Array, "H"] | None = None,
     chunk_size: int,
     implementation: str = "xla",
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H N P"]]:
-    """y_BLHP and the last state_BHNP, both of the state's dtype, in which everything is computed.
+    """y_BLHP in v's dtype, with ``scale`` and ``skip`` y_t = scale_t q_t^T S_t + skip v_t, and the last state_BHNP.
 
-    Log decays are at most 0; one per head is a constant, which gets no gradient. Head h uses group h // (H / G). At ``reset`` the
-    decay is 0, exactly. The result does not depend on ``chunk_size``, the largest number of tokens in a chunk. The backward pass
-    keeps the inputs alone, whatever the ``implementation`` ("xla" or "triton").
+    Everything is computed in the state's dtype. Log decays are at most 0; one per head is a constant, which gets no gradient, nor
+    does the scale. Head h uses group h // (H / G). At ``reset`` the decay is 0, exactly. The result does not depend on
+    ``chunk_size``, the largest number of tokens in a chunk. The backward pass keeps the inputs alone, whatever the
+    ``implementation``: "xla" or "triton".
     """
-    inputs = (q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay, state_BHNP, reset_BL)
-    return _module(implementation).forward(*inputs, chunk_size=chunk_size)
+    arrays = (q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay, state_BHNP, reset_BL, scale_BLH, skip_H)
+    return _differentiable(chunk_size, implementation, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(chunk_size: int, implementation: str, arrays: tuple[Any, ...]) -> tuple[Array, Array]:
+    return _module(implementation).forward(*arrays, chunk_size=chunk_size)
 
 
 def _module(implementation: str) -> Any:
     return importlib.import_module(f"ssm_jax.ops.linear_attention.{implementation}")
 
 
-def _forward(*arguments: Any) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    return linear_attention(*arguments), arguments[:7]
+def _forward(
+    chunk_size: int, implementation: str, arrays: tuple[Any, ...]
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    return _differentiable(chunk_size, implementation, arrays), arrays
 
 
-def _backward(chunk_size: int, implementation: str, inputs: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    gradients = _module(implementation).backward(*inputs, *cotangents, chunk_size=chunk_size)
-    d_q, d_k, d_v, d_gain, d_log_decay, d_state = gradients
-    log_decay = inputs[4]
-    constant = log_decay.ndim == 1
+def _backward(
+    chunk_size: int, implementation: str, arrays: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[tuple[Any, ...]]:
+    gradients = _module(implementation).backward(*arrays, *cotangents, chunk_size=chunk_size)
+    d_q, d_k, d_v, d_gain, d_log_decay, d_state, d_skip = gradients
+    _, _, _, gain, log_decay, _, _, scale, skip = arrays
     return (
-        d_q,
-        d_k,
-        d_v,
-        None if inputs[3] is None else d_gain,
-        jnp.zeros_like(log_decay) if constant else d_log_decay,
-        d_state,
-        None,
+        (
+            d_q,
+            d_k,
+            d_v,
+            None if gain is None else d_gain,
+            jnp.zeros_like(log_decay) if log_decay.ndim == 1 else d_log_decay,
+            d_state,
+            None,
+            None if scale is None else jnp.zeros_like(scale),
+            None if skip is None else d_skip,
+        ),
     )
 
 
-linear_attention.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

@@ -35,7 +35,7 @@ TUNING: dict[tuple[str, bool], dict[int, Tuning]] = {
     ("queries", True): {64: Tuning(64, 64, 64, 4), 128: Tuning(64, 128, 64, 8), 256: Tuning(64, 128, 64, 8)},
     ("keys", True): {64: Tuning(64, 64, 64, 4), 128: Tuning(32, 128, 64, 8), 256: Tuning(32, 128, 32, 4)},
     ("queries", False): {64: Tuning(32, 64, 64, 4), 128: Tuning(32, 128, 32, 4)},
-    ("keys", False): {64: Tuning(32, 64, 64, 4), 128: Tuning(32, 128, 32, 4)},
+    ("keys", False): {64: Tuning(32, 64, 64, 4), 128: Tuning(32, 128, 32, 8)},
 }
 WIDE = Tuning(32, 128, 32, 8)
 # Float32 products are exact rather than fast, and not for tensor cores.
@@ -47,47 +47,57 @@ MIN_SEGMENT = 512
 _Dimensions = tuple[Dimension, ...]
 _KEYS: _Dimensions = ("lanes", None, "channels", None)
 _VALUES, _SCALARS = _KEYS, _KEYS[:3]
+_HEADS: _Dimensions = ("lanes", "channels")
 _STATE: _Dimensions = ("lanes", "channels", None, None)
+_INPUTS = 9
 
 
 def forward(*inputs: Any, chunk_size: int) -> tuple[Array, Array]:
-    """y_BLHP and the last state_BHNP, both of the state's dtype."""
+    """y_BLHP and the last state_BHNP."""
     if inputs[5].dtype != jnp.float32:
         return xla.forward(*inputs, chunk_size=chunk_size)
-    core = functools.partial(_forward, chunk_size=chunk_size)
-    folded = lanes.folding(core, (0,) * 7, (0, 0))
+    core = functools.partial(_forward, kind=inputs[2].dtype, chunk_size=chunk_size)
+    folded = lanes.folding(core, (0,) * _INPUTS, (0, 0))
     y, last = over_mesh(folded, _dimensions(inputs), (_VALUES, _STATE))(*_prepared(inputs))
     return y, last
 
 
 def backward(*arrays: Any, chunk_size: int) -> tuple[Array, ...]:
-    """Gradients of q, k, v, the gains, the log decays and the state; where decays are constants, zeros of them and of the gains."""
-    inputs, cotangents = arrays[:7], arrays[7:]
+    """Gradients of q, k, v, the gains, the log decays, the state and the skip; where decays are constants, zeros of them and of the
+    gains."""
+    inputs, cotangents = arrays[:_INPUTS], arrays[_INPUTS:]
     if inputs[5].dtype != jnp.float32:
         return xla.backward(*arrays, chunk_size=chunk_size)
     core = functools.partial(_backward, chunk_size=chunk_size)
-    folded = lanes.folding(core, (0,) * 9, (0,) * 6)
-    keys, _, _, gains, decays, _, _ = dimensions = _dimensions(inputs)
-    sums: _Dimensions = (None,) * 6
-    if inputs[0].shape[2] == 1:
-        sums = ("channels", "channels", None, None, None, None)
-    mapped = over_mesh(folded, (*dimensions, _VALUES, _STATE), (keys, keys, _VALUES, gains, decays, _STATE), sums)
-    gradients = mapped(*_prepared(inputs), *cotangents)
-    like = (*inputs[:3], inputs[3] if inputs[3] is not None else inputs[4], *inputs[4:6])
-    return tuple(gradient.astype(array.dtype) for gradient, array in zip(gradients, like, strict=True))
+    folded = lanes.folding(core, (0,) * (_INPUTS + 2), (0,) * 7)
+    keys, _, _, gains, decays, *_ = dimensions = _dimensions(inputs)
+    of_keys: Dimension = "channels" if inputs[0].shape[2] == 1 else None
+    out = (keys, keys, _VALUES, gains, decays, _STATE, _HEADS[1:])
+    sums: _Dimensions = (of_keys, of_keys, None, None, None, None, "lanes")
+
+    def summed(*arrays: Array | None) -> tuple[Array, ...]:
+        *gradients, d_skip = folded(*arrays)
+        return (*gradients, d_skip.sum(0))
+
+    gradients = over_mesh(summed, (*dimensions, _VALUES, _STATE), out, sums)(*_prepared(inputs), *cotangents)
+    like = (*inputs[:6], inputs[8])
+    return tuple(
+        gradient if array is None else gradient.astype(array.dtype)
+        for gradient, array in zip(gradients, like, strict=True)
+    )
 
 
 def _dimensions(inputs: tuple[Any, ...]) -> tuple[_Dimensions, ...]:
     """Queries and keys lie over the devices as heads do, but for those of a single group, which every device has."""
     keys: _Dimensions = _KEYS if inputs[0].shape[2] > 1 else ("lanes", None, None, None)
     gains: _Dimensions = _SCALARS if inputs[4].ndim > 1 or inputs[3] is not None else ("lanes", None, None)
-    decays: _Dimensions = _SCALARS if inputs[4].ndim > 1 else ("lanes", "channels")
-    return keys, keys, _VALUES, gains, decays, _STATE, ("lanes", None)
+    decays: _Dimensions = _SCALARS if inputs[4].ndim > 1 else _HEADS
+    return keys, keys, _VALUES, gains, decays, _STATE, ("lanes", None), _SCALARS, _HEADS
 
 
 def _prepared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """One type for what is multiplied, an axis of one lane for constants, and a type of resets that a kernel can load."""
-    q, k, v, gain, log_decay, state, reset = inputs
+    q, k, v, gain, log_decay, state, reset, scale, skip = inputs
     kind = jnp.result_type(q, k, v)
     if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
         kind = jnp.float32
@@ -100,24 +110,26 @@ def _prepared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         log_decay[None] if log_decay.ndim == 1 else log_decay,
         state,
         None if reset is None else reset.astype(jnp.int8),
+        None if scale is None else scale.astype(jnp.float32),
+        None if skip is None else skip.astype(jnp.float32)[None],
     )
 
 
-def _forward(*inputs: Any, chunk_size: int) -> tuple[Array, ...]:
-    q, k, v, gain, log_decay, state, reset = inputs
+def _forward(*inputs: Any, kind: Any, chunk_size: int) -> tuple[Array, ...]:
+    q, k, v, gain, log_decay, state, reset, scale, skip = inputs
     how = _constants(inputs, "forward", chunk_size)
     decays, ends = _segment_ends(k, v, inputs, how, reverse=False)
     return _call(
         kernels.forward,
         how,
-        [q, k, v, gain, log_decay, state, reset, decays, ends],
-        [jax.ShapeDtypeStruct(v.shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
+        [q, k, v, gain, log_decay, state, reset, scale, skip, decays, ends],
+        [jax.ShapeDtypeStruct(v.shape, kind), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
     )
 
 
 def _backward(*arrays: Any, chunk_size: int) -> tuple[Array, ...]:
-    inputs, (d_y, d_last) = arrays[:7], arrays[7:]
-    q, k, v, gain, log_decay, state, reset = inputs
+    inputs, (d_y, d_last) = arrays[:_INPUTS], arrays[_INPUTS:]
+    q, k, v, gain, log_decay, state, reset, scale, skip = inputs
     d_y = d_y.astype(v.dtype)
     batch, length, heads, _ = v.shape
     groups, keys = q.shape[2:]
@@ -137,31 +149,33 @@ def _backward(*arrays: Any, chunk_size: int) -> tuple[Array, ...]:
     d_q, reads, entering = _call(
         kernels.query_gradients,
         how,
-        [q, k, v, gain, log_decay, state, reset, d_y, decays, ends],
+        [q, k, v, gain, log_decay, state, reset, scale, d_y, decays, ends],
         [parts(how, batch, length, heads, keys), parts(how, *per_token) if of_decays else nothing, states],
         OF_DECAYS=of_decays,
     )
     decays, ends = _segment_ends(q, d_y, inputs, of_keys, reverse=True)
-    d_k, d_v, d_gain, pairs, writes, kept, d_state = _call(
+    d_k, d_v, d_gain, pairs, writes, kept, d_state, d_skip = _call(
         kernels.key_value_gradients,
         of_keys,
-        [q, k, v, gain, log_decay, reset, d_y, d_last, entering, decays, ends],
+        [q, k, v, gain, log_decay, reset, scale, skip, d_y, d_last, entering, decays, ends],
         [
             parts(of_keys, batch, length, heads, keys),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             *[parts(of_keys, *per_token) if of_decays else nothing] * 3,
             parts(of_keys, batch, chunks, heads) if of_decays else nothing,
             jax.ShapeDtypeStruct(state.shape, jnp.float32),
+            parts(of_keys, of_keys.constants["SEGMENTS"], batch, heads) if skip is not None else nothing,
         ],
         OF_DECAYS=of_decays,
     )
+    d_skip = d_skip.sum((0, 1)) if skip is not None else jnp.zeros((batch, heads), jnp.float32)
     d_q, d_k = (d.sum(0).reshape(batch, length, groups, heads // groups, keys).sum(3) for d in (d_q, d_k))
     if not of_decays:
         no_gain = jnp.zeros((batch, length, heads) if gain is not None else (batch, 1, 1), jnp.float32)
-        return d_q, d_k, d_v, no_gain, jnp.zeros((batch, heads), jnp.float32), d_state
+        return d_q, d_k, d_v, no_gain, jnp.zeros((batch, heads), jnp.float32), d_state, d_skip
     pairs, reads, writes, kept = (x.sum(0) for x in (pairs, reads, writes, kept))
     d_log_decay = _decay_gradients(pairs, reads, writes, kept, reset, how.constants["C"])
-    return d_q, d_k, d_v, d_gain.sum(0), d_log_decay, d_state
+    return d_q, d_k, d_v, d_gain.sum(0), d_log_decay, d_state, d_skip
 
 
 def _decay_gradients(
@@ -206,7 +220,7 @@ def _tuning(kernel: str, inputs: tuple[Any, ...], chunk_size: int) -> Tuning:
 
 
 def _constants(inputs: tuple[Any, ...], kernel: str, chunk_size: int) -> _How:
-    q, _, v, gain, log_decay, _, reset = inputs
+    q, _, v, gain, log_decay, _, reset, scale, skip = inputs
     tuning = _tuning(kernel, inputs, chunk_size)
     batch, length, heads, values = v.shape
     groups, keys = q.shape[2:]
@@ -232,6 +246,9 @@ def _constants(inputs: tuple[Any, ...], kernel: str, chunk_size: int) -> _How:
         "LOG_DECAY_LANE": 0 if log_decay.shape[0] == 1 else math.prod(log_decay.shape[1:]),
         "EVEN": length % tuning.chunk == 0 and keys % tuning.keys == 0 and values % width == 0,
         "HAS_GAIN": gain is not None,
+        "HAS_SCALE": scale is not None,
+        "HAS_SKIP": skip is not None,
+        "SKIP_LANE": 0 if skip is None or skip.shape[0] == 1 else skip.shape[1],
         "HAS_RESET": reset is not None,
         "PRECISION": "ieee"
         if q.dtype == jnp.float32
@@ -246,12 +263,12 @@ def _segment_ends(
     k: Array, v: Array, inputs: tuple[Any, ...], how: _How, *, reverse: bool
 ) -> tuple[Array | None, Array | None]:
     """[S, lanes, H] and [S, lanes, H, N, P]; None where one segment is all."""
-    _, _, _, gain, log_decay, state, reset = inputs
+    _, _, _, gain, log_decay, state, reset, scale, _ = inputs
     segments = how.constants["SEGMENTS"]
     if segments == 1:
         return None, None
     shapes = [jax.ShapeDtypeStruct((segments, *shape), jnp.float32) for shape in (state.shape[:2], state.shape)]
-    decays, ends = _call(kernels.segment_ends, how, [k, v, gain, log_decay, reset], shapes, REVERSE=reverse)
+    decays, ends = _call(kernels.segment_ends, how, [k, v, gain, log_decay, reset, scale], shapes, REVERSE=reverse)
     return decays, ends
 
 

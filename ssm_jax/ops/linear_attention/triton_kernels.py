@@ -1,11 +1,12 @@
 """Linear attention with scalar decays for NVIDIA GPUs, in Triton: chunks in sequence, the state in registers.
 
-    S_t = exp(log_decay_t) S_{t-1} + gain_t k_t v_t^T;   y_t = q_t^T S_t
+    S_t = exp(log_decay_t) S_{t-1} + gain_t k_t v_t^T;   y_t = scale_t q_t^T S_t + skip v_t
 
 A program (i, h, b S + s) runs values [i BV, (i + 1) BV) of head h of lane b through segment s, in one pass per direction. Inside a
 chunk of C tokens, with G the running sum of the log decays,
 
-    y = ((q k^T) * M) v + exp(G) q S,   S' = exp(G_C) S + (exp(G_C - G) gain k)^T v,   M_ij = exp(G_i - G_j) gain_j for j <= i
+    y = ((q k^T) * M) v + E q S,   S' = exp(G_C) S + (exp(G_C - G) gain k)^T v
+    M_ij = scale_i exp(G_i - G_j) gain_j for j <= i,   E = scale exp(G)
 
 All exponents are at most 0. Matrix products take operands of the inputs' type; sums, states and decays are float32. What is a sum
 over values (gradients of q and k, of gains and decays) comes out in parts, one per i, to be added up.
@@ -99,10 +100,11 @@ def _rate(log_decay, CONSTANT: tl.constexpr):
 @triton.jit
 @no_type_check
 def _decays(
-    rate, log_decay, reset, c, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CONSTANT: tl.constexpr,
-    HAS_RESET: tl.constexpr,
+    rate, log_decay, reset, scale, c, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CONSTANT: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """exp of the sums of log decays: between the tokens of a chunk, up to and including each one, after each one, and of the whole.
+    The first two, which make up y, with the scale of y.
 
     Sums are taken of multiples of 2^-6, which are exact, and of the rest: differences of plain running sums would lose the small
     decays that follow large ones. Log decays below -160 (of base 2) are zeros in float32 anyway. Behind a document start, and for
@@ -134,6 +136,9 @@ def _decays(
         entry = tl.where(document == 0, entry, 0.0)
         leave = tl.where(document == documents, leave, 0.0)
         whole = tl.where(documents == 0, whole, 0.0)
+    if HAS_SCALE:
+        scales = _per_token(scale, c, H, L, C)
+        pair, entry = pair * scales[:, None], entry * scales
     return pair, entry, leave, whole
 
 
@@ -168,24 +173,25 @@ def _entering(
 @triton.jit
 @no_type_check
 def forward(
-    q, k, v, gain, log_decay, state, reset, decays, ends,
+    q, k, v, gain, log_decay, state, reset, scale, skip, decays, ends,
     y, last,
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
-    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
+    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SKIP_LANE: tl.constexpr, HAS_RESET: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     h, b, s = tl.program_id(1), (tl.program_id(2) // SEGMENTS).to(tl.int64), tl.program_id(2) % SEGMENTS
     p = tl.program_id(0) * BV + tl.arange(0, BV)
     q, k = q + (b * L * G + h // (H // G)) * N, k + (b * L * G + h // (H // G)) * N
     v, y = v + (b * L * H + h) * P, y + (b * L * H + h) * P
-    gain, reset = gain + b * L * H + h, reset + b * L
+    gain, scale, reset = gain + b * L * H + h, scale + b * L * H + h, reset + b * L
     log_decay = log_decay + b * LOG_DECAY_LANE + h
     rate = _rate(log_decay, CONSTANT)
     S = _entering(state, decays, ends, p, h, b, s, SEGMENTS - 1 - s, LANES, H, N, P, BK, KT, False)
     CHUNKS: tl.constexpr = (L + C - 1) // C
     for c in range(s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)):
-        pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
+        pair, entry, leave, whole = _decays(rate, log_decay, reset, scale, c, H, L, C, CONSTANT, HAS_RESET, HAS_SCALE)
         v_c = _rows(v, c, p, L, C, H * P, P, EVEN)
         if HAS_GAIN:
             gains = _per_token(gain, c, H, L, C)
@@ -204,6 +210,8 @@ def forward(
             new = new + (_dot(tl.trans(k_c), into, _carried(whole, S[j]), PRECISION),)
         out = out * entry[:, None]
         out = _dot((scores * pair).to(v_c.dtype), v_c, out, PRECISION)
+        if HAS_SKIP:
+            out += tl.load(skip + b * SKIP_LANE + h) * v_c.to(tl.float32)
         _store_rows(y, c, p, L, C, H * P, P, EVEN, out)
         S = new
     if s == SEGMENTS - 1:
@@ -214,11 +222,12 @@ def forward(
 @triton.jit
 @no_type_check
 def segment_ends(
-    k, v, gain, log_decay, reset,
+    k, v, gain, log_decay, reset, scale,
     decays, ends,
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
-    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
+    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SKIP_LANE: tl.constexpr, HAS_RESET: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to a state that enters it: decay * state + end. In REVERSE, to the gradient of the state that leaves it,
@@ -227,7 +236,7 @@ def segment_ends(
     p = tl.program_id(0) * BV + tl.arange(0, BV)
     k = k + (b * L * G + h // (H // G)) * N
     v = v + (b * L * H + h) * P
-    gain, reset = gain + b * L * H + h, reset + b * L
+    gain, scale, reset = gain + b * L * H + h, scale + b * L * H + h, reset + b * L
     log_decay = log_decay + b * LOG_DECAY_LANE + h
     rate = _rate(log_decay, CONSTANT)
     CHUNKS: tl.constexpr = (L + C - 1) // C
@@ -238,7 +247,7 @@ def segment_ends(
     decay = 1.0
     for i in range(first, end):
         c = first + end - 1 - i if REVERSE else i
-        _, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
+        _, entry, leave, whole = _decays(rate, log_decay, reset, scale, c, H, L, C, CONSTANT, HAS_RESET, HAS_SCALE)
         v_c = _rows(v, c, p, L, C, H * P, P, EVEN)
         if REVERSE:
             into = (v_c * entry[:, None]).to(v_c.dtype)
@@ -262,11 +271,12 @@ def segment_ends(
 @triton.jit
 @no_type_check
 def query_gradients(
-    q, k, v, gain, log_decay, state, reset, d_y, decays, ends,
+    q, k, v, gain, log_decay, state, reset, scale, d_y, decays, ends,
     d_q, reads, states,
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
-    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
+    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SKIP_LANE: tl.constexpr, HAS_RESET: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, OF_DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Forward in time, the states once more: dq = ((dy v^T) * M) k + exp(G) dy S^T, in parts [value blocks, lanes, L, H, N].
@@ -283,14 +293,14 @@ def query_gradients(
     p = i * BV + tl.arange(0, BV)
     q, k = q + (b * L * G + h // (H // G)) * N, k + (b * L * G + h // (H // G)) * N
     v, d_y = v + (b * L * H + h) * P, d_y + (b * L * H + h) * P
-    gain, reset = gain + b * L * H + h, reset + b * L
+    gain, scale, reset = gain + b * L * H + h, scale + b * L * H + h, reset + b * L
     log_decay = log_decay + b * LOG_DECAY_LANE + h
     rate = _rate(log_decay, CONSTANT)
     part = (i * LANES + b) * L * H + h
     S = _entering(state, decays, ends, p, h, b, s, SEGMENTS - 1 - s, LANES, H, N, P, BK, KT, False)
     CHUNKS: tl.constexpr = (L + C - 1) // C
     for c in range(s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)):
-        pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
+        pair, entry, leave, whole = _decays(rate, log_decay, reset, scale, c, H, L, C, CONSTANT, HAS_RESET, HAS_SCALE)
         v_c, d_c = _rows(v, c, p, L, C, H * P, P, EVEN), _rows(d_y, c, p, L, C, H * P, P, EVEN)
         if HAS_GAIN:
             gains = _per_token(gain, c, H, L, C)
@@ -316,11 +326,12 @@ def query_gradients(
 @triton.jit
 @no_type_check
 def key_value_gradients(
-    q, k, v, gain, log_decay, reset, d_y, d_last, states, decays, ends,
-    d_k, d_v, d_gain, pairs, writes, kept, d_state,
+    q, k, v, gain, log_decay, reset, scale, skip, d_y, d_last, states, decays, ends,
+    d_k, d_v, d_gain, pairs, writes, kept, d_state, d_skip,
     LANES: tl.constexpr, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
-    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_RESET: tl.constexpr,
+    CONSTANT: tl.constexpr, LOG_DECAY_LANE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SKIP_LANE: tl.constexpr, HAS_RESET: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, OF_DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Backward in time, with dS, the gradient of the state that leaves a chunk:
@@ -340,16 +351,17 @@ def key_value_gradients(
     p = i * BV + tl.arange(0, BV)
     q, k = q + (b * L * G + h // (H // G)) * N, k + (b * L * G + h // (H // G)) * N
     v, d_y, d_v = v + (b * L * H + h) * P, d_y + (b * L * H + h) * P, d_v + (b * L * H + h) * P
-    gain, reset = gain + b * L * H + h, reset + b * L
+    gain, scale, reset = gain + b * L * H + h, scale + b * L * H + h, reset + b * L
     log_decay = log_decay + b * LOG_DECAY_LANE + h
     rate = _rate(log_decay, CONSTANT)
     part = (i * LANES + b) * L * H + h
     dS = _entering(d_last, decays, ends, p, h, b, s, SEGMENTS - 1 - s, LANES, H, N, P, BK, KT, True)
     CHUNKS: tl.constexpr = (L + C - 1) // C
     first, end = s * SEGMENT, tl.minimum(s * SEGMENT + SEGMENT, CHUNKS)
+    of_skip = 0.0
     for back in range(first, end):
         c = first + end - 1 - back
-        pair, entry, leave, whole = _decays(rate, log_decay, reset, c, H, L, C, CONSTANT, HAS_RESET)
+        pair, entry, leave, whole = _decays(rate, log_decay, reset, scale, c, H, L, C, CONSTANT, HAS_RESET, HAS_SCALE)
         v_c, d_c = _rows(v, c, p, L, C, H * P, P, EVEN), _rows(d_y, c, p, L, C, H * P, P, EVEN)
         out = (d_c * entry[:, None]).to(d_c.dtype)
         scores = tl.zeros((C, C), tl.float32)
@@ -376,6 +388,9 @@ def key_value_gradients(
         if OF_DECAYS:
             _store_per_token(d_gain + part, c, H, L, C, tl.sum(dv * v_c.to(tl.float32), axis=1))
         dv = dv * gains[:, None]
+        if HAS_SKIP:
+            dv += tl.load(skip + b * SKIP_LANE + h) * d_c.to(tl.float32)
+            of_skip += tl.sum(tl.sum(d_c.to(tl.float32) * v_c.to(tl.float32), axis=1), axis=0)
         _store_rows(d_v, c, p, L, C, H * P, P, EVEN, dv)
         d_scores = (d_scores * pair * gains[None, :]).to(d_c.dtype)
         leave = leave * gains
@@ -396,3 +411,5 @@ def key_value_gradients(
     if s == 0:
         for j in tl.static_range(KT):
             _store_state(d_state + (b * H + h) * N * P, j * BK, p, N, P, BK, dS[j])
+    if HAS_SKIP:
+        tl.store(d_skip + ((i * SEGMENTS + s) * LANES + b) * H + h, of_skip)

@@ -21,14 +21,12 @@ Axes in this file: B lane, M chunk, T and S token of a chunk, G group, R head of
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-
-Gradients = tuple[Array, Array, Array, Array, Array, Array]
 
 
 class _Chunks(NamedTuple):
@@ -52,10 +50,12 @@ def forward(
     log_decay: Array,
     state_BHNP: Array,
     reset_BL: Array | None,
+    scale_BLH: Array | None,
+    skip_H: Array | None,
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
-    """y_BLHP and the last state_BHNP, both of the state's dtype."""
+    """y_BLHP and the last state_BHNP."""
     gain_BLH, log_decay_BLH = _per_token(gain_BLH, log_decay, v_BLHP)
     chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
     q_MBGTN, k_MBGTN = _chunk_first(chunks.q_BMGTN), _chunk_first(chunks.k_BMGTN)
@@ -69,7 +69,12 @@ def forward(
     outer_MBGTX = jnp.einsum("mbgtn,mbgnx->mbgtx", q_MBGTN, entering_MBGNX)
     outer_BMGTRP = _chunk_first(outer_MBGTX).reshape(chunks.v_BMGTRP.shape)
     y_BMGTRP = outer_BMGTRP * chunks.entry_BMGTR[..., None] + jnp.swapaxes(inner_BMGRTP, 3, 4)
-    return _join(y_BMGTRP, v_BLHP), _unpack_state(last_BGNX, state_BHNP)
+    y_BLHP = _join(y_BMGTRP, v_BLHP)
+    if scale_BLH is not None:
+        y_BLHP = y_BLHP * scale_BLH[..., None]
+    if skip_H is not None:
+        y_BLHP = y_BLHP + skip_H[:, None] * v_BLHP
+    return y_BLHP.astype(v_BLHP.dtype), _unpack_state(last_BGNX, state_BHNP)
 
 
 def backward(
@@ -80,13 +85,22 @@ def backward(
     log_decay: Array,
     state_BHNP: Array,
     reset_BL: Array | None,
+    scale_BLH: Array | None,
+    skip_H: Array | None,
     dy_BLHP: Array,
     dlast_BHNP: Array,
     *,
     chunk_size: int,
-) -> Gradients:
-    """Gradients of q, k, v, the gains, the log decays and the state, per token of gains and decays that there is one of."""
+) -> tuple[Any, ...]:
+    """Gradients of q, k, v, the gains, the log decays, the state and the skip."""
     gain_BLH, log_decay_BLH = _per_token(gain_BLH, log_decay, v_BLHP)
+    dy_BLHP = dy_BLHP.astype(state_BHNP.dtype)
+    dv_skipped, dskip_H = jnp.zeros((), v_BLHP.dtype), None
+    if skip_H is not None:
+        dskip_H = _reduce("blhp,blhp->h", dy_BLHP, v_BLHP.astype(dy_BLHP.dtype)).astype(skip_H.dtype)
+        dv_skipped = skip_H[:, None] * dy_BLHP
+    if scale_BLH is not None:
+        dy_BLHP = dy_BLHP * scale_BLH[..., None]
     chunks = _cut(q_BLGN, k_BLGN, v_BLHP, gain_BLH, log_decay_BLH, reset_BL, chunk_size, state_BHNP.dtype)
     q, k, v, gain, pair, entry, exit_, later = chunks
     dy_BMGTRP = _group(_split(dy_BLHP, *v.shape[1:4:2]), v.shape[2])
@@ -132,10 +146,11 @@ def backward(
     return (
         _join(dq, q_BLGN).astype(q_BLGN.dtype),
         _join(dk, k_BLGN).astype(k_BLGN.dtype),
-        _join(dvalues_BMGTRP * gain[..., None], v_BLHP).astype(v_BLHP.dtype),
+        (_join(dvalues_BMGTRP * gain[..., None], v_BLHP) + dv_skipped).astype(v_BLHP.dtype),
         _join(dgain_BMGTR, gain_BLH).astype(gain_BLH.dtype),
         _join(across_BMGTR + into_exit_BMGTR, log_decay_BLH).astype(log_decay_BLH.dtype),
         _unpack_state(dstate_BGNX, state_BHNP),
+        dskip_H,
     )
 
 

@@ -12,9 +12,8 @@ def forward(inputs: Inputs, *, chunk_size: int, score_scale: bool, core: str = "
     """y_BLHP and the last memory; ``core`` is the implementation of the chunks."""
     v, state = inputs.v_BLHP, inputs.memory.kv_BHNP
     places_BL = places(inputs)
-    y, kv = _one_token(inputs) if v.shape[1] == 1 else _chunks(inputs, chunk_size, core)
-    if score_scale:
-        y = y * scale(places_BL, inputs.log_decay_H)[..., None].astype(state.dtype)
+    scale_BLH = scale(places_BL, inputs.log_decay_H).astype(state.dtype) if score_scale else None
+    y, kv = _one_token(inputs, scale_BLH) if v.shape[1] == 1 else _chunks(inputs, scale_BLH, chunk_size, core)
     return y.astype(v.dtype), Memory(kv, tokens_after(inputs, places_BL))
 
 
@@ -33,7 +32,7 @@ def backward(
     return pullback((dy_BLHP, dkv_BHNP))
 
 
-def _chunks(inputs: Inputs, chunk_size: int, core: str) -> tuple[Array, Array]:
+def _chunks(inputs: Inputs, scale_BLH: Array | None, chunk_size: int, core: str) -> tuple[Array, Array]:
     dtype = inputs.memory.kv_BHNP.dtype
     batch, length, heads, _ = inputs.v_BLHP.shape
     gain, log_decay = None, inputs.log_decay_H
@@ -49,15 +48,17 @@ def _chunks(inputs: Inputs, chunk_size: int, core: str) -> tuple[Array, Array]:
         log_decay,
         inputs.memory.kv_BHNP,
         inputs.reset_BL,
-        chunk_size,
-        core,
+        scale_BLH=scale_BLH,
+        chunk_size=chunk_size,
+        implementation=core,
     )
 
 
-def _one_token(inputs: Inputs) -> tuple[Array, Array]:
+def _one_token(inputs: Inputs, scale_BLH: Array | None) -> tuple[Array, Array]:
     kv = inputs.memory.kv_BHNP
     q, k, v = (x[:, 0].astype(kv.dtype) for x in (inputs.q_BLHN, inputs.k_BLHN, inputs.v_BLHP))
     after = jnp.exp(inputs.log_decay_H)[:, None, None] * kv + k[..., :, None] * v[..., None, :]
     if inputs.lengths_B is not None:
         after = jnp.where((inputs.lengths_B > 0)[:, None, None, None], after, kv)
-    return jnp.einsum("bhn,bhnp->bhp", q, after)[:, None], after
+    y = jnp.einsum("bhn,bhnp->bhp", q, after)[:, None]
+    return y if scale_BLH is None else y * scale_BLH[..., None], after

@@ -17,13 +17,21 @@ def forward(
     log_decay = dt * inputs.A_H
     if x.shape[1] == 1:
         y, state = _one_token(inputs, dt, log_decay)
-    else:
-        y, state = linear_attention(
-            inputs.C_BLGN, inputs.B_BLGN, x, dt, log_decay, state, inputs.reset_BL, chunk_size, core
-        )
-    if inputs.D_H is not None:
-        y = y + inputs.D_H[:, None] * x
-    return y.astype(x.dtype), state
+        if inputs.D_H is not None:
+            y = y + inputs.D_H[:, None] * x
+        return y.astype(x.dtype), state
+    return linear_attention(
+        inputs.C_BLGN,
+        inputs.B_BLGN,
+        x,
+        dt,
+        log_decay,
+        state,
+        inputs.reset_BL,
+        skip_H=inputs.D_H,
+        chunk_size=chunk_size,
+        implementation=core,
+    )
 
 
 def backward(
