@@ -80,8 +80,8 @@ def call(
         raise ValueError(f"a launch over {grid} with {len(outputs)} outputs does nothing")
     if any(size > most for size, most in zip(grid, GRID_LIMITS, strict=False)):
         raise ImplementationError(
-            f"A Triton kernel over {grid} (channels, rows of the batch and what is mapped over them, parts of the length) is more than "
-            f"the {GRID_LIMITS} that GPUs launch at once; use smaller batches or implementation='xla'."
+            f"A Triton kernel over {grid} (channels, rows of the batch and what is mapped over them, parts of the length) is "
+            f"more than the {GRID_LIMITS} that GPUs launch at once; use smaller batches or implementation='xla'."
         )
     if interpreted(kernel):
         run = functools.partial(_interpret, kernel, tuple(outputs), grid, constants)
