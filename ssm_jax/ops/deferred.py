@@ -13,6 +13,7 @@ import jax
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ssm_jax.typing import PyTree
 
@@ -39,16 +40,17 @@ class _Deferred:
 
 
 def call(function: Callable[..., Any], results: PyTree, *arrays: PyTree, **static: Any) -> PyTree:
-    """``function(*arrays, **static)``, whose results have the structure, shapes and dtypes of ``results``; without derivatives.
+    """``function(*arrays, **static)``, whose results have the structure and types of ``results``; without derivatives.
+
+    ``results`` are abstract values: shapes and dtypes, and inside ``jax.shard_map`` over which axes a result varies.
 
     ``function`` and ``static`` must be hashable, and mean the same wherever they are equal.
     """
     leaves, structure = jax.tree.flatten(arrays)
-    shapes, out_structure = jax.tree.flatten(results)
+    out, out_structure = jax.tree.flatten(results)
     mesh = jax.sharding.get_abstract_mesh()
     what = _Deferred(function, tuple(sorted(static.items())), structure, mesh)
-    out = deferred_p.bind(*leaves, what=what, out=tuple((tuple(x.shape), x.dtype) for x in shapes))
-    return jax.tree.unflatten(out_structure, out)
+    return jax.tree.unflatten(out_structure, deferred_p.bind(*leaves, what=what, out=tuple(out)))
 
 
 deferred_p = Primitive("deferred")
@@ -56,8 +58,8 @@ deferred_p.multiple_results = True
 
 
 @deferred_p.def_abstract_eval
-def _shapes(*inputs: Any, what: _Deferred, out: tuple[tuple[tuple[int, ...], Any], ...]) -> list[Any]:
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in out]
+def _types(*inputs: Any, what: _Deferred, out: tuple[Any, ...]) -> list[Any]:
+    return list(out)
 
 
 @deferred_p.def_impl
@@ -81,8 +83,12 @@ def _batch(inputs: Sequence[Array], axes: Sequence[int | None], *, what: _Deferr
     placed = tuple(axes)
     size = next(x.shape[axis] for x, axis in zip(inputs, placed, strict=True) if axis is not None)
     mapped = dataclasses.replace(what, mapped=(*what.mapped, placed))
-    larger = tuple(((size, *shape), dtype) for shape, dtype in out)
-    return deferred_p.bind(*inputs, what=mapped, out=larger), (0,) * len(out)
+    return deferred_p.bind(*inputs, what=mapped, out=tuple(_larger(x, size) for x in out)), (0,) * len(out)
+
+
+def _larger(x: Any, size: int) -> Any:
+    placed = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
+    return x.update(shape=(size, *x.shape), sharding=placed)
 
 
 batching.primitive_batchers[deferred_p] = _batch

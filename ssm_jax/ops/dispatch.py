@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from ssm_jax.errors import ImplementationError
@@ -109,7 +110,9 @@ def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> An
     if implementation is not None:
         return lookup(op, implementation)(*arrays, **static)
     chosen = {platform: choice(op, platform) for platform in PREFERENCE}
-    if set(chosen.values()) == {"xla"}:
+    # A kernel is launched over lanes and tokens: without any there is nothing to launch.
+    empty = any(jnp.size(leaf) == 0 for leaf in jax.tree.leaves(arrays))
+    if empty or set(chosen.values()) == {"xla"}:
         return _implementations[op]["xla"](*arrays, **static)
 
     def portable(*args: Any) -> Any:
@@ -117,12 +120,13 @@ def call(op: str, implementation: str | None, *arrays: Any, **static: Any) -> An
 
     traced, results = jax.make_jaxpr(portable, return_shape=True)(*arrays)
     structure = jax.tree.structure(results)
+    types = jax.tree.unflatten(structure, traced.out_avals)
 
     def xla(*args: Any) -> Any:
         return jax.tree.unflatten(structure, jaxpr_as_fun(traced)(*jax.tree.leaves(args)))
 
     def kernel(name: str) -> Callable[..., Any]:
-        return functools.partial(deferred.call, _implementations[op][name], results, **static)
+        return functools.partial(deferred.call, _implementations[op][name], types, **static)
 
     per_platform = {platform: kernel(name) for platform, name in chosen.items() if name != "xla"}
     return jax.lax.platform_dependent(*arrays, default=xla, **per_platform)

@@ -2,7 +2,8 @@
 
 The compiler cannot look into a kernel: in a plain ``jit`` over sharded inputs it gathers them first (GPU) or refuses (TPU). So a
 kernel is mapped over the mesh by hand. The mesh is the one of ``jax.set_mesh``; lanes lie over its axes ``LANES``, channels
-(or heads) over ``CHANNELS``, and axes of other names repeat the work. An axis that does not divide its dimension is not used.
+(or heads) over ``CHANNELS``, and axes of other names repeat the work. An axis that does not divide its dimension is not used, and
+only axes of the type Auto are: over Manual ones the caller has divided the work, over Explicit ones arrays lie as their types say.
 """
 
 import math
@@ -39,7 +40,7 @@ def over_mesh(
         free = {
             name: size
             for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-            if kind != AxisType.Manual
+            if kind == AxisType.Auto
         }
         if math.prod(free.values()) == 1:
             return function(*arrays)

@@ -17,7 +17,11 @@ import jax
 import numpy as np
 from jax import Array
 
+from ssm_jax.errors import ImplementationError
+
 CAPABILITY_WITHOUT_GPU = 90
+# What CUDA launches along each axis of a grid.
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
 
 class Launch(NamedTuple):
@@ -65,12 +69,20 @@ def call(
 
     Returns:
         The outputs. What the kernel does not write in them is undefined.
+
+    Raises:
+        ImplementationError: the grid is larger than GPUs take.
     """
     shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arguments)
     for recorder in _recorders:
         recorder.append(Launch(kernel, shapes, tuple(outputs), grid, num_warps, constants))
     if not outputs or any(size == 0 for size in grid):
         raise ValueError(f"a launch over {grid} with {len(outputs)} outputs does nothing")
+    if any(size > most for size, most in zip(grid, GRID_LIMITS, strict=False)):
+        raise ImplementationError(
+            f"A Triton kernel over {grid} (channels, rows of the batch and what is mapped over them, parts of the length) is "
+            f"more than the {GRID_LIMITS} that GPUs launch at once; use smaller batches or implementation='xla'."
+        )
     if interpreted(kernel):
         run = functools.partial(_interpret, kernel, tuple(outputs), grid, constants)
         return tuple(jax.pure_callback(run, tuple(outputs), *arguments))

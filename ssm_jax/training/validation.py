@@ -58,7 +58,9 @@ def make_evaluation(run: Run, model: AppliedModel) -> Callable[[Params, Params],
     def of_dataset(trainable: Params, frozen: Params, dataset: PackedDataset) -> tuple[float, float]:
         parts, carry = [], empty
         for row in itertools.islice(rows_of(dataset), config.eval.batches):
-            part, carry = sums(trainable, frozen, sharding.put_batch(row, run.mesh), carry)
+            batch = sharding.put_batch(row, run.mesh)
+            with jax.set_mesh(run.mesh):  # As in training: kernels divide their work over it.
+                part, carry = sums(trainable, frozen, batch, carry)
             parts.append(part)
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*parts, strict=True))
         return loss_sum, weight

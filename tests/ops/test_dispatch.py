@@ -1,11 +1,13 @@
 """Which implementation runs: by name, or by the platform that the computation is lowered for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from ssm_jax.errors import ImplementationError
 from ssm_jax.ops import dispatch
@@ -193,3 +195,35 @@ def test_explain() -> None:
     ]
     with pytest.raises(ImplementationError, match="No op is named 'wavy'; the ops are .*'wave'"):
         dispatch.explain("wavy")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_inside_shard_map_results_vary_as_their_inputs_do(platform: str) -> None:
+    """Also under vmap, and with an argument that every device has whole."""
+    dispatch.register("scaled", "xla", lambda x, by: (jnp.cos(x) * by, by + 1))
+    dispatch.register("scaled", "pallas", lambda x, by: (jnp.tanh(x) * by, by + 1))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), PartitionSpec()),
+        out_specs=(PartitionSpec("data"), PartitionSpec()),
+    )
+    def run(x: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mapped = jax.vmap(lambda x: dispatch.call("scaled", None, x, by), out_axes=0)(x)[0]
+        alone, whole = dispatch.call("scaled", None, x, by)
+        return mapped - alone, whole
+
+    x, by = jnp.linspace(0.1, 0.9, 6).reshape(2, 3), jnp.ones(3)
+    assert ("tanh" in run.trace(x, by).lower(lowering_platforms=(platform,)).as_text()) == (platform == "tpu")
+    difference, whole = run(x, by)
+    assert not difference.any()
+    assert (whole == 2).all()
+
+
+def test_nothing_is_launched_over_no_tokens() -> None:
+    _register("reference", "xla", "pallas")
+    traced = jax.jit(lambda x: dispatch.call("wave", None, x, scale=2.0)).trace(jnp.ones((2, 0)))
+    assert "tanh" not in traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -31,7 +31,7 @@ from ssm_jax.data.sources import TextFile
 from ssm_jax.data.tokenizers import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from ssm_jax.errors import UserError
 from ssm_jax.evaluation import evaluate_split
-from ssm_jax.training import load_run_config, loop, low_rank, saving, train
+from ssm_jax.training import load_run_config, loop, low_rank, saving, train, validation
 from ssm_jax.training import run as run_lib
 from ssm_jax.training import state as state_lib
 from ssm_jax.training.metrics import TIMES
@@ -132,6 +132,22 @@ def test_evaluation_is_bits_per_byte_of_the_held_out_text(straight: Path, data: 
     assert last["eval/bits_per_byte"] == pytest.approx(
         total / weight / math.log(2) * split.targets / split.text_bytes, rel=1e-5
     )
+
+
+def test_evaluation_runs_under_the_mesh(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training does: kernels divide their work over it."""
+    run = run_lib.prepare(load_run_config(straight / "config.yaml", []))
+    seen: list[tuple[str, ...]] = []
+
+    def loss(*args: Any, carry: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        seen.append(jax.sharding.get_abstract_mesh().axis_names)
+        return (jnp.ones(()), jnp.ones(())), carry
+
+    monkeypatch.setattr(validation, "next_token_loss", loss)
+    evaluate = validation.make_evaluation(run, run.model)
+    assert evaluate is not None
+    assert evaluate({}, {})["eval/loss"] == 1
+    assert seen == [run.mesh.axis_names]
 
 
 def test_load_model_onto_a_mesh(straight: Path) -> None:

@@ -1,5 +1,6 @@
 """Kernels in Triton's interpreter: run with ``TRITON_INTERPRET=1``, which makes every launch of the process an interpreted one."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,35 @@ def _repairs() -> Iterator[None]:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _loads_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels load nothing before or behind their arrays: on a CPU that harms nobody, on a GPU it may be nobody's memory."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    launch, make, load = triton_call._interpret, triton_call._Host.__init__, InterpreterBuilder.create_masked_load
+    here = threading.local()
+
+    def launch_with_its_own(*args: Any) -> tuple[np.ndarray, ...]:
+        here.sizes = {}
+        return launch(*args)
+
+    def known(self: Any, array: np.ndarray) -> None:
+        make(self, array)
+        here.sizes[array.ctypes.data] = array.nbytes
+
+    def inside(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        wanted = pointers.data[mask.data.astype(bool)]
+        if wanted.size:
+            first, last = int(wanted.min()), int(wanted.max())
+            start = max((start for start in here.sizes if start <= first), default=0)
+            assert last < start + here.sizes.get(start, 0), "a load outside of every array"
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(triton_call, "_interpret", launch_with_its_own)
+    monkeypatch.setattr(triton_call._Host, "__init__", known)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", inside)
 
 
 @pytest.fixture(autouse=True)

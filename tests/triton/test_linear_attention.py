@@ -1,5 +1,6 @@
 """Retention and SSD on their Triton kernels, interpreted: the ops' own tests, and what is the kernels' alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from ssm_jax.ops import retention, triton_call
 from ssm_jax.ops.linear_attention import linear_attention, triton
 from tests.conformance.op import assert_run_close
 from tests.ops import test_linear_attention as plain
@@ -59,6 +61,21 @@ def wide_inputs(keys: int, values: int, length: int, groups: int = 2) -> list[np
     ]
 
 
+def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """67 tokens in five chunks: a segment of three, and one of two."""
+    monkeypatch.setattr(triton, "MIN_SEGMENT", 16)
+    monkeypatch.setattr(triton, "FILLING_PROGRAMS", 16)
+    inputs = wide_inputs(3, 5, length=67)
+    inputs[4] *= 0.05  # so that what enters a segment also leaves it
+    reset = np.random.default_rng(2).random((2, 67)) < np.asarray([[0], [0.05]])
+    with triton_call.recorded() as launches:
+        actual = plain.with_gradients(lambda *i: linear_attention(*i, jnp.asarray(reset), 16, "triton"), inputs)
+    assert {(launch.constants["SEGMENTS"], launch.constants["SEGMENT"]) for launch in launches} == {(2, 3)}
+    with jax.enable_x64(True):
+        expected = plain.with_gradients(lambda *i: plain.dense(*i, reset), [x.astype(np.float64) for x in inputs])
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(("keys", "values"), [(70, 40), (129, 33)])
 def test_keys_and_values_beyond_one_tile(keys: int, values: int) -> None:
     """Neither a power of two nor a multiple of a tile, as DenseRetNet's are not."""
@@ -87,6 +104,16 @@ def test_small_decays_after_large_ones() -> None:
     assert not actual[-1].any()
 
 
+def test_states_beyond_float16() -> None:
+    """Which inputs of that type may add up to: only what comes out is rounded to it."""
+    q, k, v = (jnp.full((1, 32, 1, 16), value, jnp.float16) for value in (1e-3, 300.0, 30.0))
+    y, expected = (
+        retention(q, k, v, np.asarray([-1e-3]), chunk_size=16, implementation=name)[0] for name in ("triton", "xla")
+    )
+    assert float(np.finfo(np.float16).max) < 16 * 300 * 30
+    np.testing.assert_allclose(y, expected, rtol=1e-3)
+
+
 def test_constant_decays_equal_decays_per_token() -> None:
     """Gradients of all but the decays, which are constants then."""
     q, k, v, _, _, state = wide_inputs(5, 6, length=21, groups=4)
@@ -101,6 +128,22 @@ def test_constant_decays_equal_decays_per_token() -> None:
         for decays in (jnp.asarray(rates), per_token)
     )
     assert_close(actual, expected, 2e-6)
+
+
+def test_constant_decays_of_each_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under vmap over the decays alone, in segments."""
+    monkeypatch.setattr(triton, "MIN_SEGMENT", 16)
+    q, k, v, _, _, state = wide_inputs(5, 6, length=21)
+    rates = -jnp.asarray([[0.01, 0.1, 0.5, 2.0], [0.02, 0.3, 0.1, 0.0], [0.5, 0.01, 1.0, 0.2]])
+
+    def run(q: Any, k: Any, v: Any, state: Any, implementation: str) -> Any:
+        return jax.vmap(lambda rate: linear_attention(q, k, v, None, rate, state, None, 16, implementation))(rates)
+
+    actual, expected = (
+        plain.with_gradients(functools.partial(run, implementation=name), [q, k, v, state])
+        for name in ("triton", "xla")
+    )
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(("groups", "shape"), [(1, (2, 2)), (4, (1, 4)), (2, (2, 2)), (2, (1, 4))])

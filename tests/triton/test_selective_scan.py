@@ -47,18 +47,20 @@ def test_channels_beyond_one_program(masks: str) -> None:
     assert_run_close(actual, wide.oracle(9, masks), wide.tolerance)
 
 
-def test_shared_parameters_are_not_repeated_under_vmap() -> None:
-    """Mapped over the sequences alone, and over the parameters alone: lanes of the kernel either way."""
+def test_shared_parameters_are_not_repeated_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped over the sequences alone, and over the parameters alone: lanes of the kernel either way, in three segments."""
+    monkeypatch.setattr(triton, "MIN_SEGMENT", 2)
     wide = TestWide()
     case = jax.tree.map(jnp.asarray, wide.case(5))
     parameters = ("A_EN", "D_E", "dt_bias_E")
 
     def loss(mapped: Arrays, shared: Arrays, implementation: str) -> jax.Array:
-        y, state = selective_scan(**mapped, **shared, implementation=implementation)
+        y, state = selective_scan(**mapped, **shared, chunk_size=2, implementation=implementation)
         return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)) + jnp.sum(state)
 
     for mapped_names in (parameters, tuple(set(case.inputs) - set(parameters))):
-        scales = jnp.asarray([1.0, 0.5, 1.5])
+        # No lane's is the mean of all: what uses one lane's parameters for all of them has wrong sums.
+        scales = jnp.asarray([1.0, 0.5, 2.0])
         mapped = {n: jnp.einsum("v,...->v...", scales, case.inputs[n]) for n in mapped_names}
         shared = {n: x for n, x in case.inputs.items() if n not in mapped_names}
 

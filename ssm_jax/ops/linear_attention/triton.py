@@ -99,7 +99,7 @@ def _prepared(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """One type for what is multiplied, an axis of one lane for constants, and a type of resets that a kernel can load."""
     q, k, v, gain, log_decay, state, reset, scale, skip = inputs
     kind = jnp.result_type(q, k, v)
-    if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if kind != jnp.bfloat16:  # A state may be larger than the largest float16.
         kind = jnp.float32
     log_decay = log_decay.astype(jnp.float32)
     return (

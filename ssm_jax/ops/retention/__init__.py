@@ -65,7 +65,8 @@ def retention(
         chunk_size: the most tokens in a chunk. A matter of speed and memory only.
 
     Returns:
-        y in v's dtype, and the memory after the last present token. Everything between is float32 (float64 for float64 v).
+        y in v's dtype, and the memory after the last present token. Everything between is float32 (float64 for float64 v), but that
+        kernels for GPUs round to bfloat16 what they multiply where q, k and v are bfloat16; states and sums stay float32.
         The memory is the same with every ``score_normaliser``.
 
     Raises:

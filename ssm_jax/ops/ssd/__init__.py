@@ -68,7 +68,8 @@ def ssd(
         chunk_size: the most tokens in a chunk. A matter of speed and memory only.
 
     Returns:
-        y in x's dtype, and the state after the last present token. Everything between is float32 (float64 for float64 x).
+        y in x's dtype, and the state after the last present token. Everything between is float32 (float64 for float64 x), but that
+        kernels for GPUs round to bfloat16 what they multiply where x, B and C are bfloat16; states and sums stay float32.
 
     Raises:
         ImplementationError: ``implementation`` is named and cannot run here.
