@@ -69,7 +69,9 @@ def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs[4] *= 0.05  # so that what enters a segment also leaves it
     reset = np.random.default_rng(2).random((2, 67)) < np.asarray([[0], [0.05]])
     with triton_call.recorded() as launches:
-        actual = plain.with_gradients(lambda *i: linear_attention(*i, jnp.asarray(reset), 16, "triton"), inputs)
+        actual = plain.with_gradients(
+            lambda *i: linear_attention(*i, jnp.asarray(reset), chunk_size=16, implementation="triton"), inputs
+        )
     assert {(launch.constants["SEGMENTS"], launch.constants["SEGMENT"]) for launch in launches} == {(2, 3)}
     with jax.enable_x64(True):
         expected = plain.with_gradients(lambda *i: plain.dense(*i, reset), [x.astype(np.float64) for x in inputs])
@@ -137,7 +139,9 @@ def test_constant_decays_of_each_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = -jnp.asarray([[0.01, 0.1, 0.5, 2.0], [0.02, 0.3, 0.1, 0.0], [0.5, 0.01, 1.0, 0.2]])
 
     def run(q: Any, k: Any, v: Any, state: Any, implementation: str) -> Any:
-        return jax.vmap(lambda rate: linear_attention(q, k, v, None, rate, state, None, 16, implementation))(rates)
+        return jax.vmap(
+            lambda rate: linear_attention(q, k, v, None, rate, state, chunk_size=16, implementation=implementation)
+        )(rates)
 
     actual, expected = (
         plain.with_gradients(functools.partial(run, implementation=name), [q, k, v, state])
