@@ -132,7 +132,7 @@ def test_what_is_wrong_is_not_timed_and_what_breaks_is_named(tmp_path: Path) -> 
     def broken(inputs: Any) -> Any:
         raise ValueError("out of registers")
 
-    case = dataclasses.replace(case, run=wrong, others={"broken": broken}, implementations=("xla", "pallas"))
+    case = dataclasses.replace(case, run=wrong, others={"broken": broken}, implementations=("xla", "vulkan"))
     results = _results(tmp_path)
     results.floors(case, floors.H200)
     driver._measure(case, results, jax.devices()[0], tiny=True)
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_not_timed_and_what_breaks_is_named(tmp_path: Path) -> 
     assert rows["ssm_jax xla"]["step"]["errors"]["y"] == pytest.approx(0.05, rel=0.1)
     assert "ms" not in rows["ssm_jax xla"]["step"]
     assert rows["broken"]["step"] == {"failed": "ValueError: out of registers"}
-    assert "'pallas' cannot run here" in rows["ssm_jax pallas"]["all"]["missing"]
+    assert "'vulkan' cannot run here" in rows["ssm_jax vulkan"]["all"]["missing"]
     shown = table.text(results.whole)
     assert "failed: wrong" in shown
     assert "missing: selective_scan: implementation 'pallas'" in shown
