@@ -144,7 +144,7 @@ def test_what_is_wrong_is_not_timed_and_what_breaks_is_named(tmp_path: Path) -> 
     assert "'vulkan' cannot run here" in rows["ssm_jax vulkan"]["all"]["missing"]
     shown = table.text(results.whole)
     assert "failed: wrong" in shown
-    assert "missing: selective_scan: implementation 'pallas'" in shown
+    assert "missing: selective_scan: implementation 'vulkan'" in shown
 
 
 def test_a_run_on_a_gpu_played_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
